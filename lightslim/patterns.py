@@ -1,0 +1,78 @@
+"""How a recipe names parameters and layers: one rule for globs and regular expressions."""
+
+import fnmatch
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from lightslim.errors import CompressionError, nearest
+
+T = TypeVar("T")
+
+_REGEX_ONLY = re.compile(r"\.[*+?]|[\\^$+(){}|]")
+
+
+def match(pattern: str, name: str) -> bool:
+    r"""Whether the whole of ``name`` fits ``pattern``.
+
+    A pattern that starts with ``re:`` or holds something only a regular expression can hold (``.*``, ``|``, ``\d``,
+    ``+``, ``^`` ...) is a regular expression; any other is a glob (``*``, ``?``, ``[abc]``). Both must fit the whole name.
+
+    Raises:
+        CompressionError: the regular expression is malformed.
+
+    Example:
+        >>> match("conv*", "conv1.weight"), match("*", "fc.bias"), match(".*_sep_weights", "conv2_1_sep_weights")
+        (True, True, True)
+        >>> match("conv", "conv1.weight")
+        False
+    """
+    return _compiled(pattern).fullmatch(name) is not None
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    explicit = pattern.startswith("re:")
+    body = pattern.removeprefix("re:")
+    source = body if explicit or _REGEX_ONLY.search(body) else fnmatch.translate(body)
+    try:
+        return re.compile(source)
+    except re.error as error:
+        raise CompressionError(f"the pattern {pattern!r} is not a valid regular expression: {error}") from None
+
+
+def select(pattern: str, names: Iterable[str], what: str) -> list[str]:
+    """The names that fit ``pattern``; an error when none does.
+
+    Args:
+        pattern: a glob or regular expression, see :func:`match`.
+        names: what it may match.
+        what: the argument that holds the pattern, for the message.
+
+    Raises:
+        CompressionError: nothing fits; the message lists the nearest names.
+
+    Example:
+        >>> select("*.weight", ["conv.weight", "conv.bias"], "pruned_params")
+        ['conv.weight']
+    """
+    names = list(names)
+    found = [name for name in names if match(pattern, name)]
+    if not found:
+        near = nearest(pattern.strip("*.^$"), names) or names[:5]
+        raise CompressionError(f"{what}: {pattern!r} matches none of {len(names)} names; nearest: {', '.join(near)}")
+    return found
+
+
+def lookup(table: Mapping[str, T], name: str) -> T | None:
+    """The value of the first pattern in ``table`` that fits ``name``; exact names win, ``'*'`` comes last.
+
+    Example:
+        >>> lookup({"*": 0, "deconv*": 1}, "deconv.weight")
+        1
+    """
+    if name in table:
+        return table[name]
+    ordered = sorted(table, key=lambda pattern: pattern == "*")
+    return next((table[pattern] for pattern in ordered if match(pattern, name)), None)
