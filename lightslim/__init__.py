@@ -1,0 +1,20 @@
+"""lightslim: prune, quantize and distil any LightningModule inside the training run you already have."""
+
+from lightslim.compressor import Compressor
+from lightslim.errors import CompressionError
+from lightslim.hooks import hookimpl
+from lightslim.loading import load_compressed
+from lightslim.monitor import CompressionMonitor
+from lightslim.prune import StructurePruner, UniformPruneStrategy
+from lightslim.strategy import CompressionStrategy
+
+__all__ = [
+    "CompressionError",
+    "CompressionMonitor",
+    "CompressionStrategy",
+    "Compressor",
+    "StructurePruner",
+    "UniformPruneStrategy",
+    "hookimpl",
+    "load_compressed",
+]

@@ -1,0 +1,5 @@
+"""``python -m lightslim`` is the ``lightslim`` command."""
+
+from lightslim.cli import main
+
+raise SystemExit(main())

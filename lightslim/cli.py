@@ -1,0 +1,74 @@
+"""The ``lightslim`` command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightslim.compressor import Compressor
+from lightslim.errors import CompressionError
+from lightslim.recipe import Recipe
+from lightslim.registry import registry
+from lightslim.rundir import read_result
+from lightslim.show import comparison, inspection, result_table
+from lightslim.tables import table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 after a :class:`CompressionError`, told in one line."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except CompressionError as error:
+        print("lightslim: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lightslim", description="Compress a model inside its own training run.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, text in (
+        ("run", _run, "train and compress as a recipe says"),
+        ("check", _check, "say what a recipe would do, and train nothing"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+        sub.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="change one setting")
+        sub.set_defaults(command=command)
+        if name == "run":
+            sub.add_argument("--resume", metavar="CKPT|auto", help="continue from a checkpoint of this run")
+            sub.add_argument("--out", metavar="DIR", help="the run directory (default: runs/<name of the recipe>)")
+    plugins = commands.add_parser("plugins", help="list the components at hand and the packages that bring them")
+    plugins.set_defaults(command=_plugins)
+    inspect = commands.add_parser("inspect", help="say what a checkpoint has been through")
+    inspect.add_argument("checkpoint", metavar="CKPT")
+    inspect.set_defaults(command=lambda options: print(inspection(options.checkpoint)))
+    compare = commands.add_parser("compare", help="set finished runs side by side")
+    compare.add_argument("runs", metavar="RUN_DIR", nargs="+", type=Path)
+    compare.set_defaults(command=_compare)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    compressor = Compressor.from_recipe(Recipe.from_yaml(options.recipe, options.set), out=options.out)
+    result = compressor.run(resume=options.resume).result
+    print(result_table(result), f"everything is in {compressor.folder}", sep="\n")
+
+
+def _check(options: argparse.Namespace) -> None:
+    compressor = Compressor.from_recipe(Recipe.from_yaml(options.recipe, options.set))
+    for name, text in compressor.check().items():
+        print(f"{name}: {text}")
+
+
+def _plugins(options: argparse.Namespace) -> None:
+    found = registry()
+    rows = [(entry.name, entry.kind, entry.distribution, entry.version) for entry in found.entries()]
+    print(table(("name", "kind", "distribution", "version"), rows, left=4))
+    for problem in found.problems:
+        print(f"not loaded: {problem.plugin} of {problem.distribution}: {problem.reason}", file=sys.stderr)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    print(comparison({str(folder): read_result(folder) for folder in options.runs}))

@@ -1,0 +1,275 @@
+"""The front door: a module, its data and a recipe become a Trainer, a run, and a result."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch.optim import Optimizer
+
+from lightslim import rundir
+from lightslim.errors import CompressionError
+from lightslim.infit import logged_names, probe_of
+from lightslim.loading import read_checkpoint, restore
+from lightslim.measure import Measurement
+from lightslim.monitor import CompressionMonitor
+from lightslim.recipe import Recipe
+from lightslim.steps import replaced
+from lightslim.strategy import CompressionStrategy, check_metric
+from lightslim.surgery import CHECKPOINT_KEY
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+Names = Sequence[str | tuple[str, str]]
+
+
+class CompressionResult(NamedTuple):
+    """The compressed module, and what ``result.json`` holds."""
+
+    module: LightningModule
+    result: dict[str, Any]
+
+
+class Compressor:
+    """Runs a recipe on a LightningModule. Everything it does can be done by hand with a Trainer and callbacks.
+
+    Args:
+        module: any LightningModule; its steps stand for the training and the evaluation program.
+        train_loader: training data, if there is no ``datamodule``.
+        val_loader: validation data, if there is no ``datamodule``.
+        datamodule: training and validation data in one.
+        teachers: trained modules to distil from; only for recipes with a strategy that takes them.
+        train_optimizer: from parameters to an optimizer, instead of the module's own ``configure_optimizers``.
+        distiller_optimizer: the same for the distillation phase; only for recipes that have one.
+        feed_list: names for the parts of a batch, in order; exported models carry them.
+        fetch_list: names of logged metrics, or (name, logged name) pairs; must hold ``loss``.
+        checkpoint_path: where checkpoints go, unless the recipe says; relative to the run directory.
+        trainer: arguments for Lightning's Trainer; the recipe's ``trainer:`` section wins.
+        out: the run directory. Default: ``runs/<name of the recipe>``.
+
+    Raises:
+        CompressionError: both or neither kind of data, a fetch_list without ``loss``.
+
+    Example:
+        compressor = Compressor(module, train_loader, val_loader)
+        compressor.config("compress.yaml")
+        smaller, result = compressor.run()
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        train_loader: Any = None,
+        val_loader: Any = None,
+        datamodule: LightningDataModule | None = None,
+        teachers: Sequence[Any] = (),
+        train_optimizer: OptimizerFactory | None = None,
+        distiller_optimizer: OptimizerFactory | None = None,
+        feed_list: Names | None = None,
+        fetch_list: Names | None = None,
+        checkpoint_path: str = "checkpoints",
+        trainer: Mapping[str, Any] | None = None,
+        out: str | PathLike[str] | None = None,
+    ) -> None:
+        if (datamodule is None) == (train_loader is None):
+            raise CompressionError("give the data either as train_loader (and val_loader) or as a datamodule")
+        self.module = module
+        self.data = {"datamodule": datamodule} if datamodule else _loaders(train_loader, val_loader)
+        self.teachers = list(teachers)
+        self.train_optimizer = train_optimizer
+        self.distiller_optimizer = distiller_optimizer
+        self.feed_list = _pairs(feed_list)
+        self.fetch_list = _pairs(fetch_list)
+        if self.fetch_list and "loss" not in self.fetch_list:
+            raise CompressionError(f"fetch_list must hold 'loss'; it holds {', '.join(self.fetch_list)}")
+        self.checkpoint_path = checkpoint_path
+        self.trainer_arguments = dict(trainer or {})
+        self.out = Path(out) if out else None
+        self.recipe: Recipe | None = None
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe, out: str | PathLike[str] | None = None) -> "Compressor":
+        """Build module and data as the recipe's ``model:`` and ``data:`` sections say, under its seed."""
+        seed_everything(recipe.seed, verbose=False)
+        compressor = cls(recipe.model(), datamodule=recipe.data(), out=out)
+        return compressor.config(recipe)
+
+    def config(self, recipe: str | PathLike[str] | Recipe) -> "Compressor":
+        """Take a recipe: a YAML file or a :class:`Recipe`."""
+        self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return self.out or Path("runs") / Path(self._recipe.path).stem
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.folder / (self._recipe.checkpoint_path or self.checkpoint_path)
+
+    @property
+    def _recipe(self) -> Recipe:
+        if self.recipe is None:
+            raise CompressionError("no recipe yet: call config(path) first")
+        return self.recipe
+
+    def run(self, resume: str | PathLike[str] | None = None) -> CompressionResult:
+        """Train and compress as the recipe says.
+
+        Args:
+            resume: a checkpoint to continue from; ``"auto"`` for the newest of this run directory, if any.
+
+        Returns:
+            The compressed module and the content of ``result.json``.
+
+        Raises:
+            CompressionError: anything that can be known to fail before the first training step.
+        """
+        recipe, started = self._recipe, time.time()
+        strategies = recipe.strategies()
+        self._check_teachers(strategies)
+        checkpoint = self._checkpoint(resume)
+        rundir.prepare(self.folder, resuming=resume is not None)
+        seed_everything(recipe.seed, verbose=False)
+        self._init_model(recipe.init_model)
+        measurement = Measurement()
+        trainer = self._trainer([measurement, *strategies])
+        rundir.write_recipe(self.folder, recipe.resolved())
+        self._fit(trainer, checkpoint)
+        result = self._result(strategies, measurement, time.time() - started)
+        if trainer.is_global_zero:
+            rundir.write_result(self.folder, result)
+        return CompressionResult(self.module, result)
+
+    def check(self) -> dict[str, str]:
+        """Go through the beginning of a run up to the first training step, and train nothing.
+
+        Returns:
+            Strategy name to what it would do, as text.
+
+        Raises:
+            CompressionError: whatever :meth:`run` would raise.
+        """
+        strategies = self._recipe.strategies()
+        self._check_teachers(strategies)
+        self._init_model(self._recipe.init_model)
+        rehearsal = _Rehearsal(strategies)
+        quiet = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        trainer = Trainer(**{**self._arguments(), **quiet, "callbacks": [*strategies, rehearsal]})
+        try:
+            self._fit(trainer, None)
+        except _Rehearsed:
+            pass
+        return rehearsal.texts
+
+    def _check_teachers(self, strategies: Sequence[CompressionStrategy]) -> None:
+        distils = any(hasattr(strategy, "distillers") for strategy in strategies)
+        for name in ("teachers", "distiller_optimizer"):
+            if getattr(self, name) and not distils:
+                raise CompressionError(f"{name} given, but no strategy of this recipe distils")
+
+    def _checkpoint(self, resume: str | PathLike[str] | None) -> Path | None:
+        if resume == "auto":
+            return rundir.newest_checkpoint(self.checkpoints)
+        if resume is not None:
+            read_checkpoint(resume)
+        return Path(resume) if resume else None
+
+    def _init_model(self, path: str | None) -> None:
+        if path is not None:
+            checkpoint = read_checkpoint(path)
+            restore(self.module, checkpoint.get("state_dict", checkpoint), checkpoint.get(CHECKPOINT_KEY), path)
+
+    def _arguments(self) -> dict[str, Any]:
+        schedule = {"max_epochs": self._recipe.epoch, "check_val_every_n_epoch": self._recipe.eval_epoch}
+        return {**schedule, **self.trainer_arguments, **self._recipe.trainer_arguments()}
+
+    def _trainer(self, callbacks: Sequence[Callback]) -> Trainer:
+        arguments = self._arguments()
+        saver = ModelCheckpoint(self.checkpoints, "{epoch}", save_last=True, save_on_train_epoch_end=True)
+        own = [*callbacks, CompressionMonitor(), *([saver] if arguments.get("enable_checkpointing", True) else [])]
+        arguments.setdefault("logger", TensorBoardLogger(self.folder, name="", version="tensorboard"))
+        return Trainer(
+            **{
+                "default_root_dir": self.folder,
+                **arguments,
+                "callbacks": [*own, *_listed(arguments.get("callbacks")), _Fetches(self.fetch_list)],
+            }
+        )
+
+    def _fit(self, trainer: Trainer, checkpoint: Path | None) -> None:
+        factory = self.train_optimizer
+        own = {"configure_optimizers": lambda: factory(self.module.parameters())} if factory else {}
+        with replaced(self.module, **own):
+            trainer.fit(self.module, ckpt_path=str(checkpoint) if checkpoint else None, **self.data)
+
+    def _result(
+        self, strategies: Sequence[CompressionStrategy], measured: Measurement, seconds: float
+    ) -> dict[str, Any]:
+        return {
+            "recipe": str(self._recipe.path),
+            "seed": self._recipe.seed,
+            "versions": {name: version(name) for name in ("lightslim", "torch", "pytorch-lightning")},
+            "seconds": round(seconds, 2),
+            "before": measured.before,
+            "after": measured.after,
+            "strategies": [
+                {"name": strategy.name, "class": type(strategy).__name__, "history": strategy.history}
+                for strategy in strategies
+            ],
+            "exports": {},
+        }
+
+
+class _Rehearsed(Exception):  # noqa: N818 - it ends a rehearsal, it is no error
+    """Ends a run before its first training step."""
+
+
+class _Rehearsal(Callback):
+    """Lets every strategy say what it would do, then stops the run."""
+
+    def __init__(self, strategies: Sequence[CompressionStrategy]) -> None:
+        self.strategies = strategies
+        self.texts: dict[str, str] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.texts = {strategy.name: strategy.rehearse(trainer, pl_module) for strategy in self.strategies}
+        raise _Rehearsed
+
+
+class _Fetches(Callback):
+    """Checks, before the first step, that everything in ``fetch_list`` is logged."""
+
+    def __init__(self, fetch_list: Mapping[str, str]) -> None:
+        self.fetch_list = fetch_list
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.fetch_list:
+            logged = logged_names(trainer, pl_module, probe_of(trainer, pl_module))
+            for name in self.fetch_list.values():
+                check_metric(name, logged, "fetch_list")
+
+
+def _loaders(train: Any, val: Any) -> dict[str, Any]:
+    return {"train_dataloaders": train, "val_dataloaders": val}
+
+
+def _pairs(names: Names | None) -> dict[str, str]:
+    return {name: name for name in names or () if isinstance(name, str)} | {
+        pair[0]: pair[1] for pair in names or () if not isinstance(pair, str)
+    }
+
+
+def _listed(callbacks: Any) -> list[Callback]:
+    return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []

@@ -1,0 +1,6 @@
+"""Look at a model: record one step, unify axes, find the groups of units that live or die together."""
+
+from lightslim.graph.axes import Axis
+from lightslim.graph.groups import FrozenGroup, Graph, Group, Kept, Slot, kept_sizes, masks_of, record
+
+__all__ = ["Axis", "FrozenGroup", "Graph", "Group", "Kept", "Slot", "kept_sizes", "masks_of", "record"]

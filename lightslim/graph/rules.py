@@ -1,0 +1,439 @@
+"""What each family of ATen ops says about axes: one short rule per family, one table at the end.
+
+A rule gets the recorder (``book``), the op's output and its arguments under their schema names. ``book[tensor]`` are the
+axes of a tensor. A rule assigns the output's axes and unifies what the op ties together. What has no rule is frozen.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightslim.graph.axes import Axis, freeze, product, total, unify
+
+if TYPE_CHECKING:
+    from lightslim.graph.record import Recorder
+
+Rule = Callable[..., None]
+KERNEL = "the extent of a kernel"
+
+
+def unify_all(pairs: Iterable[tuple[Axis, Axis]]) -> None:
+    """Unify the axes of each pair."""
+    for a, b in pairs:
+        unify(a, b)
+
+
+def fixed(size: int, reason: str) -> Axis:
+    """A new axis that nothing may be removed from."""
+    return Axis(size, reason)
+
+
+def pointwise(book: "Recorder", out: Any, func: Any, **arguments: Any) -> None:
+    """Elementwise with broadcasting: dimensions are aligned from the right, those of size 1 stretch."""
+    tensors = [value for value in _flat(arguments.values()) if isinstance(value, Tensor)]
+    for result in _flat([out]):
+        book[result] = _broadcast([book[tensor] for tensor in tensors], result.shape)
+
+
+def _flat(values: Iterable[Any]) -> list[Any]:
+    return [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def _broadcast(operands: Iterable[Sequence[Axis]], shape: Sequence[int]) -> list[Axis]:
+    result: list[Axis | None] = [None] * len(shape)
+    for axes in operands:
+        for i, axis in enumerate(axes, start=len(shape) - len(axes)):
+            if i >= 0 and axis.size == shape[i]:
+                known = result[i]
+                result[i] = axis
+                if known is not None:
+                    unify(known, axis)
+    return [axis or Axis(size) for axis, size in zip(result, shape, strict=True)]
+
+
+def same(book: "Recorder", out: Any, self: Tensor, **_: Any) -> None:
+    """Every output has the input's shape, dimension by dimension."""
+    for result in _flat([out]):
+        if isinstance(result, Tensor) and result.shape == self.shape:
+            book[result] = book[self]
+
+
+def loss(book: "Recorder", out: Tensor, self: Tensor, target: Tensor, **_: Any) -> None:
+    """Prediction and target are compared element by element; the result is reduced or not."""
+    compared = _broadcast([book[self], book[target]], self.shape)
+    if out.shape == self.shape:
+        book[out] = compared
+
+
+def embedding(book: "Recorder", out: Tensor, weight: Tensor, indices: Tensor, **_: Any) -> None:
+    """Rows are chosen by number, so they stay; the width is an axis."""
+    freeze(book[weight][0], "rows read by index")
+    book[out] = [*book[indices], book[weight][1]]
+
+
+def convolution(
+    book: "Recorder",
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+    groups: int = 1,
+    **_: Any,
+) -> None:
+    """Input channels meet the weight's; both sides are groups x rest, and only a depthwise layer can lose groups."""
+    first, second = book[weight][:2]
+    depthwise = weight.shape[1] == 1
+    group = Axis(groups, None if depthwise or groups == 1 else "the number of convolution groups")
+    rest = Axis(
+        first.size // groups, "the channel multiplier of a depthwise layer" if depthwise and groups > 1 else None
+    )
+    unify(first, product((group, rest)))
+    grouped = product((group, second))
+    channels_in, channels_out = (first, grouped) if transposed else (grouped, first)
+    lead, space = len(out.shape) - len(weight.shape) + 1, out.shape[-len(weight.shape) + 2 :]
+    unify(book[input][lead], channels_in)
+    if bias is not None:
+        unify(book[bias][0], channels_out)
+    for extent in book[weight][2:]:
+        freeze(extent, KERNEL)
+    book.contract(weight, first if transposed else second)
+    book.spend((first, second), weight)
+    book[out] = [*book[input][:lead], channels_out, *(fixed(size, "a spatial dimension") for size in space)]
+
+
+def matmul(book: "Recorder", out: Tensor, func: Any, **arguments: Any) -> None:
+    """``mm``, ``bmm`` and their adding forms: rows x inner times inner x columns, batch dimensions in front."""
+    *bias, a, b = [value for value in arguments.values() if isinstance(value, Tensor)]
+    *batch_a, rows, inner = book[a]
+    *batch_b, inner_b, columns = book[b]
+    unify_all([*zip(batch_a, batch_b, strict=True), (inner, inner_b)])
+    book.contract(b, inner)
+    book.contract(a, inner)
+    book.spend((*batch_a, rows, inner, columns), b if book.origin(b) else a)
+    book[out] = _broadcast([(*batch_a, rows, columns), *(book[tensor] for tensor in bias)], out.shape)
+
+
+def linear(book: "Recorder", out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> None:
+    """``F.linear`` where it reaches us whole."""
+    unify(book[input][-1], book[weight][1])
+    if bias is not None:
+        unify(book[bias][0], book[weight][0])
+    book.contract(weight, book[weight][1])
+    book.spend((*book[input], book[weight][0]), weight)
+    book[out] = [*book[input][:-1], book[weight][0]]
+
+
+def attention(book: "Recorder", out: Any, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> None:
+    """Scaled dot product: heads go together; the width of a head sets the scale, so it stays."""
+    q, k, v = book[query], book[key], book[value]
+    unify_all([*zip(q[:-2], k[:-2], strict=True), *zip(q[:-2], v[:-2], strict=True), (q[-1], k[-1]), (k[-2], v[-2])])
+    freeze(q[-1], "the width of an attention head, which sets the scale")
+    book.spend((*q[:-2], q[-2], k[-2]), query)
+    book[_flat([out])[0]] = [*q[:-1], v[-1]]
+
+
+def batch_norm(book: "Recorder", out: Any, input: Tensor, **arguments: Any) -> None:
+    """Scale, shift and running statistics lie along the channels."""
+    for vector in arguments.values():
+        if isinstance(vector, Tensor) and vector.shape == input.shape[1:2]:
+            unify(book[vector][0], book[input][1])
+    book[_flat([out])[0]] = book[input]
+
+
+def layer_norm(book: "Recorder", out: Any, input: Tensor, normalized_shape: Sequence[int], **arguments: Any) -> None:
+    """Scale and shift lie along the last dimensions."""
+    for weight in (arguments.get("weight"), arguments.get("bias")):
+        if weight is not None:
+            unify_all(zip(book[weight], book[input][-len(normalized_shape) :], strict=True))
+    book[_flat([out])[0]] = book[input]
+
+
+def group_norm(book: "Recorder", out: Any, input: Tensor, group: int, **arguments: Any) -> None:
+    """Channels are groups x rest; the groups stay, so every group keeps the same share of its channels."""
+    channels = book[input][1]
+    unify(channels, product((Axis(group, "the number of normalisation groups"), Axis(channels.size // group))))
+    for weight in (arguments.get("weight"), arguments.get("bias")):
+        if weight is not None:
+            unify(book[weight][0], channels)
+    book[_flat([out])[0]] = book[input]
+
+
+def spatial(book: "Recorder", out: Any, func: Any, **arguments: Any) -> None:
+    """Pooling, padding and resizing work inside channels: batch and channels pass, the last n dimensions are new."""
+    source = next(value for value in arguments.values() if isinstance(value, Tensor))
+    found = re.search(r"(\d)d", func.overloadpacket.__name__)
+    lead = source.ndim - int(found[1]) if found else 2
+    for result in _flat([out]):
+        space = [fixed(size, "a spatial dimension") for size in result.shape[lead:]]
+        book[result] = [*book[source][:lead], *space]
+
+
+def reduce(
+    book: "Recorder", out: Any, func: Any, self: Tensor, dim: Any = None, keepdim: bool = False, **_: Any
+) -> None:
+    """Reduced dimensions vanish. A sum stands the loss of units; a mean, maximum or index would change its meaning."""
+    dims = (
+        {d % self.ndim for d in _flat([dim])} if dim is not None and dim != [] and self.ndim else set(range(self.ndim))
+    )
+    if len(dims) < self.ndim and func.overloadpacket.__name__ != "sum":
+        for d in dims:
+            freeze(book[self][d], f"reduced by {func.overloadpacket.__name__}")
+    kept = [Axis(1) if d in dims else axis for d, axis in enumerate(book[self]) if keepdim or d not in dims]
+    for result in _flat([out]):
+        if result.ndim == len(kept):
+            book[result] = kept
+
+
+def along(book: "Recorder", out: Any, func: Any, self: Tensor, **arguments: Any) -> None:
+    """Ops that mix or reorder the positions of some dimensions (softmax, sort, flip ...): those dimensions stay."""
+    dims = next((arguments[name] for name in ("dim", "dims") if name in arguments), range(self.ndim))
+    fixed_dims = {d % self.ndim for d in _flat([dims])} if self.ndim else set()
+    for d in fixed_dims:
+        freeze(book[self][d], f"its positions are mixed by {func.overloadpacket.__name__}")
+    for result in _flat([out]):
+        if isinstance(result, Tensor) and result.ndim == self.ndim:
+            pairs = zip(book[self], result.shape, strict=True)
+            book[result] = [axis if axis.size == size else fixed(size, "chosen positions") for axis, size in pairs]
+
+
+def indexed(book: "Recorder", out: Any, func: Any, **arguments: Any) -> None:
+    """Positions are looked up by number, so all of them stay."""
+    for tensor in _flat(arguments.values()):
+        if isinstance(tensor, Tensor):
+            for axis in book[tensor]:
+                freeze(axis, f"read by index ({func.overloadpacket.__name__})")
+
+
+def index(book: "Recorder", out: Tensor, self: Tensor, indices: Sequence[Tensor | None], **_: Any) -> None:
+    """``x[:, i, mask]``: indexed dimensions stay, the others pass; neighbouring indices leave their dimensions in place."""
+    used = [d for d, chosen in enumerate(indices) if chosen is not None]
+    for d in used:
+        freeze(book[self][d], "read by index")
+    free = [axis for d, axis in enumerate(book[self]) if d not in used]
+    lead = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    inserted = out.ndim - len(free)
+    chosen_axes = [fixed(size, "chosen positions") for size in out.shape[lead : lead + inserted]]
+    axes = [*free[:lead], *chosen_axes, *free[lead:]]
+    if [axis.size for axis in axes] == list(out.shape):
+        book[out] = axes
+
+
+def select_dims(book: "Recorder", out: Any, self: Tensor, dim: int, **_: Any) -> None:
+    """``select`` and ``unbind`` take single positions of a dimension: it stays, and is gone from the output."""
+    freeze(book[self][dim % self.ndim], "single positions are taken")
+    for result in _flat([out]):
+        book[result] = [axis for d, axis in enumerate(book[self]) if d != dim % self.ndim]
+
+
+def view(book: "Recorder", out: Tensor, self: Tensor, **_: Any) -> None:
+    """Shapes before and after are cut at their common boundaries; each run of dimensions is a product."""
+    book[out] = regroup(book[self], out.shape)
+
+
+def regroup(axes: Sequence[Axis], shape: Sequence[int]) -> list[Axis]:
+    """The axes of a tensor with ``axes`` after it is reshaped to ``shape``."""
+    result = [Axis(size) for size in shape]
+    if 0 in shape:
+        return result
+    left = [axis for axis in axes if axis.size != 1][::-1]
+    right = [i for i, size in enumerate(shape) if size != 1][::-1]
+    while left:
+        ins, outs = [left.pop()], [right.pop()]
+        while (whole := math.prod(axis.size for axis in ins)) != (made := math.prod(shape[i] for i in outs)):
+            if whole < made:
+                ins.append(left.pop())
+            else:
+                outs.append(right.pop())
+        if len(outs) == 1:
+            result[outs[0]] = product(ins)
+        else:
+            unify(product(result[i] for i in outs), product(ins))
+    return result
+
+
+def permute(book: "Recorder", out: Tensor, self: Tensor, dims: Sequence[int], **_: Any) -> None:
+    """Dimensions in a new order."""
+    book[out] = [book[self][d] for d in dims]
+
+
+def transpose(book: "Recorder", out: Tensor, self: Tensor, dim0: int = 0, dim1: int = -1, **_: Any) -> None:
+    """Two dimensions swapped."""
+    axes = list(book[self])
+    if axes:
+        axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
+    book[out] = axes
+
+
+def squeeze(book: "Recorder", out: Tensor, self: Tensor, **_: Any) -> None:
+    """Dimensions of size 1 come and go; the others keep their order."""
+    real = iter([axis for axis in book[self] if axis.size != 1])
+    book[out] = [Axis(1) if size == 1 else next(real) for size in out.shape]
+
+
+def expand(book: "Recorder", out: Tensor, self: Tensor, **_: Any) -> None:
+    """Dimensions of size 1 stretch to any size."""
+    book[out] = _broadcast([book[self]], out.shape)
+
+
+def repeat(book: "Recorder", out: Tensor, self: Tensor, repeats: Sequence[int], **_: Any) -> None:
+    """Each dimension is tiled: repeats x itself."""
+    axes = [*(Axis(1) for _ in range(len(repeats) - self.ndim)), *book[self]]
+    book[out] = [product((fixed(n, "a repeat count"), axis)) for n, axis in zip(repeats, axes, strict=True)]
+
+
+def cat(book: "Recorder", out: Tensor, tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> None:
+    """The joined dimension is a sum, the others are shared."""
+    real = [book[tensor] for tensor in tensors if tensor.ndim == out.ndim]
+    d = dim % out.ndim
+    for axes in real[1:]:
+        unify_all((a, b) for i, (a, b) in enumerate(zip(axes, real[0], strict=True)) if i != d)
+    joined = total(axes[d] for axes in real)
+    book[out] = [joined if i == d else axis for i, axis in enumerate(real[0])]
+
+
+def stack(book: "Recorder", out: Tensor, tensors: Sequence[Tensor], dim: int = 0, **_: Any) -> None:
+    """A new fixed dimension, the others are shared."""
+    shared = [book[tensor] for tensor in tensors]
+    for axes in shared[1:]:
+        unify_all(zip(axes, shared[0], strict=True))
+    axes = list(shared[0])
+    axes.insert(dim % out.ndim, fixed(len(tensors), "a stack"))
+    book[out] = axes
+
+
+def split(book: "Recorder", out: Sequence[Tensor], self: Tensor, dim: int = 0, **_: Any) -> None:
+    """The split dimension is a sum of the parts; equal parts lose the same units, so that they stay equal."""
+    d = dim % self.ndim
+    parts = [Axis(part.shape[d]) for part in out]
+    unify(total(parts), book[self][d])
+    if len({part.size for part in parts}) == 1:
+        for part in parts[1:]:
+            unify(part, parts[0])
+    for part, result in zip(parts, out, strict=True):
+        book[result] = [part if i == d else axis for i, axis in enumerate(book[self])]
+
+
+def glu(book: "Recorder", out: Tensor, self: Tensor, dim: int = -1, **_: Any) -> None:
+    """The first half gates the second: both lose the same units."""
+    d = dim % self.ndim
+    half = Axis(out.shape[d])
+    unify(total((half, half)), book[self][d])
+    book[out] = [half if i == d else axis for i, axis in enumerate(book[self])]
+
+
+def slice_(
+    book: "Recorder", out: Tensor, self: Tensor, dim: int = 0, start: int | None = None, step: int = 1, **_: Any
+) -> None:
+    """A contiguous piece of a dimension is a term of a sum; a stride takes single positions."""
+    d, axes = dim % self.ndim, list(book[self])
+    size, piece = axes[d].size, out.shape[d]
+    if piece != size and step == 1:
+        first = min(max(start + size if (start or 0) < 0 else start or 0, 0), size)  # type: ignore[operator]
+        parts = [Axis(first), Axis(piece), Axis(size - first - piece)]
+        unify(total(parts), axes[d])
+        axes[d] = parts[1]
+    elif piece != size:
+        freeze(axes[d], "single positions are taken")
+        axes[d] = fixed(piece, "single positions")
+    book[out] = axes
+
+
+def pad(book: "Recorder", out: Tensor, self: Tensor, pad: Sequence[int], **_: Any) -> None:
+    """Fixed positions before and after; a negative pad takes positions away by number."""
+    axes = list(book[self])
+    for i in range(len(pad) // 2):
+        before, after = pad[2 * i], pad[2 * i + 1]
+        d = self.ndim - 1 - i
+        if min(before, after) < 0:
+            freeze(axes[d], "cropped")
+            axes[d] = fixed(out.shape[d], "cropped")
+        else:
+            axes[d] = total([fixed(before, "padding"), axes[d], fixed(after, "padding")])
+    book[out] = axes
+
+
+def pixel_shuffle(book: "Recorder", out: Tensor, self: Tensor, **_: Any) -> None:
+    """Channels are output channels x r x r."""
+    channels, ratio = Axis(out.shape[-3]), self.shape[-3] // out.shape[-3]
+    unify(book[self][-3], product((channels, fixed(ratio, "pixels of a shuffle"))))
+    space = [fixed(size, "a spatial dimension") for size in out.shape[-2:]]
+    book[out] = [*book[self][:-3], channels, *space]
+
+
+def pixel_unshuffle(book: "Recorder", out: Tensor, self: Tensor, **_: Any) -> None:
+    """The way back: output channels are channels x r x r."""
+    ratio = out.shape[-3] // self.shape[-3]
+    space = [fixed(size, "a spatial dimension") for size in out.shape[-2:]]
+    book[out] = [*book[self][:-3], product((book[self][-3], fixed(ratio, "pixels of a shuffle"))), *space]
+
+
+def channel_shuffle(book: "Recorder", out: Tensor, self: Tensor, groups: int, **_: Any) -> None:
+    """Groups x rest becomes rest x groups."""
+    group, rest = fixed(groups, "the number of shuffled groups"), Axis(self.shape[1] // groups)
+    unify(book[self][1], product((group, rest)))
+    book[out] = [book[self][0], product((rest, group)), *book[self][2:]]
+
+
+def unfold(book: "Recorder", out: Tensor, self: Tensor, kernel_size: Sequence[int], **_: Any) -> None:
+    """``im2col``: channels x kernel positions, by windows."""
+    positions = fixed(math.prod(kernel_size), "kernel positions")
+    lead = out.ndim - 2
+    book[out] = [*book[self][:lead], product((book[self][lead], positions)), fixed(out.shape[-1], "windows")]
+
+
+def _table(families: dict[Rule, str]) -> dict[str, Rule]:
+    return {name: rule for rule, names in families.items() for name in names.split()}
+
+
+RULES: dict[str, Rule] = _table(
+    {
+        convolution: "convolution _convolution cudnn_convolution mkldnn_convolution miopen_convolution convolution_overrideable",
+        matmul: "mm bmm addmm baddbmm",
+        linear: "linear",
+        attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+        "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable",
+        embedding: "embedding",
+        batch_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
+        "miopen_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm",
+        layer_norm: "native_layer_norm _fused_rms_norm rms_norm",
+        group_norm: "native_group_norm",
+        pointwise: "copy _prelu_kernel hardswish log_sigmoid_forward rrelu_with_noise polar complex",
+        loss: "mse_loss smooth_l1_loss huber_loss l1_loss kl_div binary_cross_entropy binary_cross_entropy_with_logits",
+        same: "clone _to_copy detach alias lift_fresh contiguous native_dropout _fused_dropout bernoulli zeros_like ones_like "
+        "full_like empty_like rand_like randn_like fill zero normal uniform exponential",
+        spatial: "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+        "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d "
+        "mkldnn_max_pool2d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
+        "replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d "
+        "_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d "
+        "upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d grid_sampler_3d",
+        reduce: "sum mean amax amin max min var std var_mean std_mean prod logsumexp linalg_vector_norm norm any all argmax "
+        "argmin aminmax median nanmean nansum",
+        along: "_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp flip roll sort topk index_select tril triu",
+        indexed: "nll_loss_forward nll_loss2d_forward nll_loss gather scatter scatter_add scatter_reduce index_put index_add "
+        "take_along_dim bincount histc unique _unique2 searchsorted nonzero masked_select one_hot multi_margin_loss "
+        "multilabel_margin_loss_forward cross_entropy_loss _ctc_loss",
+        index: "index",
+        select_dims: "select unbind",
+        view: "view _unsafe_view reshape _reshape_alias",
+        permute: "permute",
+        transpose: "transpose t",
+        squeeze: "squeeze unsqueeze",
+        expand: "expand",
+        repeat: "repeat",
+        cat: "cat _cat",
+        stack: "stack",
+        glu: "glu",
+        split: "split unsafe_split split_with_sizes unsafe_split_with_sizes chunk unsafe_chunk",
+        slice_: "slice",
+        pad: "constant_pad_nd",
+        pixel_shuffle: "pixel_shuffle",
+        pixel_unshuffle: "pixel_unshuffle",
+        channel_shuffle: "channel_shuffle native_channel_shuffle",
+        unfold: "im2col",
+    }
+)

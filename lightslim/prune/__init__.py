@@ -1,0 +1,8 @@
+"""Structural pruning: units leave the model for good, and it gets smaller and faster in every runtime."""
+
+from lightslim.prune.criteria import l1_norm
+from lightslim.prune.pruner import StructurePruner
+from lightslim.prune.report import PruneReport
+from lightslim.prune.uniform import UniformPruneStrategy, find_groups, prune
+
+__all__ = ["PruneReport", "StructurePruner", "UniformPruneStrategy", "find_groups", "l1_norm", "prune"]

@@ -1,0 +1,99 @@
+"""Which units go: patterns say along which dimension and by which criterion each parameter is ranked."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightslim.errors import CompressionError
+from lightslim.graph import Graph, Group, Slot
+from lightslim.patterns import lookup, select
+from lightslim.registry import registry
+
+
+class StructurePruner:
+    """Ranks the units of a group by a criterion of the weights that make them.
+
+    Args:
+        pruning_axis: pattern of parameter names to the dimension whose slices are ranked and removed; parameters that no
+            pattern fits are never chosen (they still follow the groups they belong to). Default: ``{"*": 0}``.
+        criterions: pattern of parameter names to the name of a registered criterion. Default: ``{"*": "l1_norm"}``.
+
+    Raises:
+        CompressionError: an axis is negative or a criterion is not registered.
+
+    Example:
+        >>> pruner = StructurePruner(criterions={"*": "l1_norm"})
+        >>> pruner.keep(torch.tensor([3.0, 1.0, 2.0, 1.0]), 3).tolist()
+        [True, True, True, False]
+    """
+
+    def __init__(
+        self, pruning_axis: Mapping[str, int] | None = None, criterions: Mapping[str, str] | None = None
+    ) -> None:
+        self.pruning_axis = dict(pruning_axis or {"*": 0})
+        self.criterions = dict(criterions or {"*": "l1_norm"})
+        for pattern, axis in self.pruning_axis.items():
+            if axis < 0:
+                raise CompressionError(f"pruning_axis {pattern!r} is {axis}; it must be 0 or more")
+        self._functions = {name: registry().get("criterion", name) for name in self.criterions.values()}
+
+    def selected(self, graph: Graph, pruned_params: str, ignore: Sequence[str] = ()) -> list[Group]:
+        """The groups that hold the pruning axis of some parameter named by ``pruned_params`` and of none in ``ignore``.
+
+        Raises:
+            CompressionError: no parameter has such a name, or none of those named can lose units (the reasons are listed).
+        """
+        names = sorted(dict.fromkeys([slot.tensor for slot in graph.slots]) | dict.fromkeys(graph.unreached))
+        named = set(select(pruned_params, names, "pruned_params"))
+        spared = {name for pattern in ignore for name in select(pattern, names, "ignore")}
+        owners = [(group, {slot.tensor for slot in group.slots if self._ranks(slot)}) for group in graph]
+        groups = [group for group, owned in owners if owned & named and not owned & spared]
+        if not groups:
+            raise CompressionError(
+                f"pruned_params: {pruned_params!r} names nothing that can lose units{_why(graph, named)}"
+            )
+        return groups
+
+    def _ranks(self, slot: Slot) -> bool:
+        return lookup(self.pruning_axis, slot.tensor) == slot.dim
+
+    def importance(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The score of each unit: the criterion summed over every weight slice along a pruning axis that the unit owns.
+
+        So residual branches agree on what to keep. A group without such a slice is ranked by all its weights.
+
+        Args:
+            group: the units to rank.
+            tensors: parameters by name.
+
+        Returns:
+            1-D tensor, one score per unit; larger stays longer.
+
+        Raises:
+            CompressionError: a weight holds NaN or infinity, or no criterion is given for it.
+        """
+        slots = [slot for slot in group.weights if self._ranks(slot)] or list(group.weights)
+        return torch.stack([group.gather(slot, self._score(slot, tensors)).cpu() for slot in slots]).sum(0)
+
+    def _score(self, slot: Slot, tensors: Mapping[str, Tensor]) -> Tensor:
+        name = lookup(self.criterions, slot.tensor)
+        if name is None:
+            raise CompressionError(f"criterions: no pattern fits {slot.tensor!r}; add '*'")
+        scores: Tensor = self._functions[name](tensors[slot.tensor], axis=slot.dim)
+        if not bool(torch.isfinite(scores).all()):
+            raise CompressionError(f"{slot.tensor} holds NaN or infinite values: it cannot be ranked by {name}")
+        return scores
+
+    @staticmethod
+    def keep(scores: Tensor, count: int) -> Tensor:
+        """Bool mask of the ``count`` best units; among equals the lower index stays."""
+        best = torch.argsort(scores, descending=True, stable=True)[:count]
+        return torch.zeros(len(scores), dtype=torch.bool).index_fill_(0, best, True)
+
+
+def _why(graph: Graph, named: set[str]) -> str:
+    reasons = {f"{group.tensors[0]}: {group.reason}" for group in graph.frozen if named & set(group.tensors)}
+    unreached = {f"{name}: not used by any step" for name in named & set(graph.unreached)}
+    listed = sorted(reasons | unreached)[:5]
+    return f" ({'; '.join(listed)})" if listed else ""

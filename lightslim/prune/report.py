@@ -1,0 +1,99 @@
+"""What a cut did, as plain records and as a table for people."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from lightslim.graph import Graph, Kept, kept_sizes
+from lightslim.tables import table
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """The outcome of one cut.
+
+    Attributes:
+        flops: of one sample in a fit, of the example inputs otherwise, before and after (2 per multiply-add).
+        params: trainable and frozen parameters, before and after.
+        units: group name to units before and after.
+        layers: layer name to its FLOPs before and after.
+        ratio: the common ratio behind the widths.
+        target_ratio: the share of FLOPs that was asked for.
+        frozen: what could not lose units: (first tensor, units, reason).
+    """
+
+    flops: tuple[int, int]
+    params: tuple[int, int]
+    units: dict[str, tuple[int, int]]
+    layers: dict[str, tuple[int, int]]
+    ratio: float
+    target_ratio: float
+    frozen: tuple[tuple[str, int, str], ...]
+
+    @property
+    def flops_removed(self) -> float:
+        """The share of FLOPs that is gone."""
+        return 1 - self.flops[1] / self.flops[0] if self.flops[0] else 0.0
+
+    def to_record(self) -> dict[str, Any]:
+        """Plain lists, dicts and numbers, as a strategy's history and a checkpoint hold them."""
+        return {
+            "flops": list(self.flops),
+            "params": list(self.params),
+            "flops_removed": self.flops_removed,
+            "target_ratio": self.target_ratio,
+            "ratio": self.ratio,
+            "units": {name: list(pair) for name, pair in self.units.items()},
+            "layers": {name: list(pair) for name, pair in self.layers.items()},
+            "frozen": [list(item) for item in self.frozen],
+        }
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"FLOPs {self.flops[0]:,} -> {self.flops[1]:,} (-{self.flops_removed:.1%}), "
+            f"parameters {self.params[0]:,} -> {self.params[1]:,}"
+        )
+
+    def __str__(self) -> str:
+        names = dict.fromkeys([*self.layers, *self.units])
+        rows = [(name, *_cells(self.units.get(name)), *_cells(self.layers.get(name))) for name in names]
+        return "\n".join([self.summary, table(("layer", "units", "kept", "FLOPs", "after"), rows), *self._stuck()])
+
+    def _stuck(self) -> list[str]:
+        reasons = Counter(reason for _, _, reason in self.frozen)
+        first = {reason: name for name, _, reason in reversed(self.frozen)}
+        return [f"not cut: {first[reason]}{_others(count)}: {reason}" for reason, count in reasons.items()]
+
+
+def _cells(pair: tuple[int, int] | None) -> tuple[str, str]:
+    return (f"{pair[0]:,}", f"{pair[1]:,}") if pair else ("", "")
+
+
+def _others(count: int) -> str:
+    return f" and {count - 1} more" if count > 1 else ""
+
+
+def layers_report(graph: Graph, kept: Kept) -> dict[str, tuple[int, int]]:
+    """FLOPs before and after by layer."""
+    after = graph.flops_by_layer(kept_sizes(kept))
+    return {name: (flops, after[name]) for name, flops in graph.flops_by_layer().items()}
+
+
+def units_report(graph: Graph, kept: Kept) -> dict[str, tuple[int, int]]:
+    """Units before and after for each group that takes part, by group name (numbered where a name comes twice)."""
+    sizes = kept_sizes(kept)
+    report: dict[str, tuple[int, int]] = {}
+    for group in graph:
+        if group.axis in sizes:
+            name, number = group.name, 2
+            while name in report:
+                name, number = f"{group.name}#{number}", number + 1
+            report[name] = (group.size, sizes[group.axis])
+    return report
+
+
+def frozen_report(graph: Graph) -> tuple[tuple[str, int, str], ...]:
+    """What cannot lose units, and why."""
+    return tuple((group.tensors[0], group.size, group.reason) for group in graph.frozen)

@@ -1,0 +1,209 @@
+"""Uniform pruning: one common ratio for all layers. The function :func:`prune`, and the strategy that says when."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from typing_extensions import override
+
+from lightslim.errors import CompressionError
+from lightslim.graph import Graph, Kept, kept_sizes, record
+from lightslim.infit import cut_in_fit, evaluate, logged_names, probe_of
+from lightslim.patterns import select
+from lightslim.prune.pruner import StructurePruner
+from lightslim.prune.report import PruneReport, frozen_report, layers_report, units_report
+from lightslim.prune.trial import feasible
+from lightslim.prune.widths import TOLERANCE, Rounding, Solution, uniform_widths
+from lightslim.steps import Probe, forward_probe
+from lightslim.strategy import CompressionStrategy, check_metric
+from lightslim.surgery import Cut, apply, parameters_after, plan
+
+
+@dataclass(frozen=True)
+class UniformPruning:
+    """What to prune and how far; the same for a plain model and for a running fit.
+
+    Args:
+        pruner: ranks units.
+        target_ratio: share of the model's present FLOPs to remove, in (0, 1).
+        pruned_params: pattern of the parameters whose units may go.
+        ignore: patterns of parameters whose units stay although ``pruned_params`` names them.
+        rounding: the widths allowed.
+
+    Raises:
+        CompressionError: ``target_ratio`` does not lie between 0 and 1.
+    """
+
+    pruner: StructurePruner
+    target_ratio: float
+    pruned_params: str = "*"
+    ignore: Sequence[str] = ()
+    rounding: Rounding = Rounding()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_ratio < 1:
+            raise CompressionError(
+                f"target_ratio is {self.target_ratio}; it is the share of FLOPs to remove and must lie between 0 and 1"
+            )
+
+    def plan(self, probe: Probe) -> tuple[Cut, PruneReport]:
+        """Record the model, choose widths and units, and try the cut; the model is left as it was."""
+        found: list[Solution] = []
+        tensors = dict(probe.module.named_parameters())
+
+        def choose(graph: Graph) -> Kept:
+            groups = self.pruner.selected(graph, self.pruned_params, self.ignore)
+            solution = uniform_widths(graph, groups, self.target_ratio, self.rounding)
+            found.append(solution)
+            scores = {group.axis: self.pruner.importance(group, tensors) for group in groups}
+            return {axis: self.pruner.keep(score, solution.widths[axis]) for axis, score in scores.items()}
+
+        graph, kept = feasible(record(probe), probe, choose)
+        cut = plan(probe.module, graph, kept)
+        return cut, self._report(probe.module, graph, kept, cut, found[-1])
+
+    def _report(self, module: nn.Module, graph: Graph, kept: Kept, cut: Cut, solution: Solution) -> PruneReport:
+        if abs(solution.share - self.target_ratio) > TOLERANCE:
+            rank_zero_warn(
+                f"asked to remove {self.target_ratio:.1%} of the FLOPs, the nearest that can be reached is "
+                f"{solution.share:.1%}; name more pruned_params, or allow every width with round_to=1"
+            )
+        return PruneReport(
+            flops=(graph.flops(), graph.flops(kept_sizes(kept))),
+            params=(sum(p.numel() for p in module.parameters()), parameters_after(module, cut)),
+            units=units_report(graph, kept),
+            layers=layers_report(graph, kept),
+            ratio=solution.ratio,
+            target_ratio=self.target_ratio,
+            frozen=frozen_report(graph),
+        )
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    target_ratio: float = 0.5,
+    criterion: str = "l1_norm",
+    pruned_params: str = "*",
+    ignore: Sequence[str] = (),
+    round_to: int = 8,
+    min_units: int = 1,
+) -> PruneReport:
+    """Remove a share of a plain module's FLOPs, in place, by taking the same ratio of units from every layer.
+
+    Args:
+        model: any module; its parameters stay the same objects.
+        example_inputs: a tensor, a tuple of arguments or a dict of them; the batch should hold two samples or more.
+        target_ratio: share of FLOPs to remove, in (0, 1).
+        criterion: name of a registered criterion.
+        pruned_params: pattern (glob or regular expression) of the parameters whose units may go.
+        ignore: patterns of parameters whose units stay.
+        round_to: layers of ``4 * round_to`` units or more keep a multiple of it.
+        min_units: no layer keeps fewer units than this.
+
+    Returns:
+        What was cut, and what could not be and why.
+
+    Raises:
+        CompressionError: bad arguments, a pattern that fits nothing, NaN weights; the model is untouched then.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))
+        >>> report = prune(net, torch.zeros(2, 3, 8, 8), target_ratio=0.5)
+        >>> net[0].out_channels, net[2].in_channels, net[2].out_channels
+        (8, 8, 4)
+    """
+    pruner = StructurePruner(criterions={"*": criterion})
+    task = UniformPruning(pruner, target_ratio, pruned_params, ignore, Rounding(round_to, min_units))
+    cut, report = task.plan(forward_probe(model, example_inputs))
+    apply(model, cut)
+    return report
+
+
+def find_groups(model: nn.Module, example_inputs: Any) -> Graph:
+    """The groups of units of a plain module that live or die together; iterate over the result.
+
+    Args:
+        model: any module.
+        example_inputs: a tensor, a tuple of arguments or a dict of them.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3))
+        >>> [(group.name, group.size) for group in find_groups(net, torch.zeros(2, 3, 8, 8))]
+        [('0', 6)]
+    """
+    return record(forward_probe(model, example_inputs))
+
+
+class UniformPruneStrategy(CompressionStrategy):
+    """Cut the same ratio of units from every layer at ``start_epoch``, then go on training the smaller model.
+
+    Args:
+        pruner: ranks units; in a recipe the name of one. Default: ``StructurePruner()``, by l1 norm.
+        start_epoch: the cut happens before the first step of this epoch.
+        end_epoch: accepted for symmetry with other strategies; a cut has no end.
+        target_ratio: share of FLOPs to remove, in (0, 1), of the model as it is then: two cuts compound.
+        metric_name: a metric that the module logs, shown before and after the cut.
+        pruned_params: pattern (glob or regular expression) of the parameters whose units may go.
+        round_to: layers of ``4 * round_to`` units or more keep a multiple of it: runtimes are faster so.
+        min_units: no layer keeps fewer units than this.
+        name: tells strategies of one class apart.
+
+    Raises:
+        CompressionError: ``target_ratio`` outside (0, 1), bad epochs; in ``setup`` a start beyond the last epoch or a
+            pattern that fits nothing; before the first step a metric that nothing logs.
+
+    Example:
+        >>> UniformPruneStrategy(target_ratio=0.5, start_epoch=3, pruned_params="*conv*").start_epoch
+        3
+    """
+
+    def __init__(
+        self,
+        pruner: StructurePruner | None = None,
+        start_epoch: int = 0,
+        end_epoch: int | None = None,
+        target_ratio: float = 0.5,
+        metric_name: str | None = None,
+        pruned_params: str = "*",
+        round_to: int = 8,
+        min_units: int = 1,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(start_epoch, end_epoch, name)
+        rounding = Rounding(round_to, min_units)
+        self.metric_name = metric_name
+        self.task = UniformPruning(pruner or StructurePruner(), target_ratio, pruned_params, (), rounding)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        names = [name for name, _ in pl_module.named_parameters()]
+        if stage == "fit" and names:  # a module may also build its layers later, in configure_model
+            select(self.task.pruned_params, names, f"{self.name}: pruned_params")
+
+    @override
+    def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        probe = probe_of(trainer, pl_module)
+        check_metric(self.metric_name, logged_names(trainer, pl_module, probe))
+        return str(self.task.plan(probe)[1])
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        before = evaluate(trainer, pl_module)
+        cut, report = self.task.plan(probe_of(trainer, pl_module))
+        cut_in_fit(trainer, pl_module, cut)
+        after = evaluate(trainer, pl_module)
+        rank_zero_info(f"{self.name}, epoch {trainer.current_epoch}: {_line(report, before, after, self.metric_name)}")
+        return {"act": "prune", **report.to_record(), "metrics": {"before": before, "after": after}}
+
+
+def _line(report: PruneReport, before: dict[str, float], after: dict[str, float], metric_name: str | None) -> str:
+    shown = [name for name in ([metric_name] if metric_name else before) if name in before and name in after]
+    metrics = "".join(f", {name} {before[name]:.4f} -> {after[name]:.4f}" for name in shown)
+    return f"{report.summary}{metrics}"

@@ -1,0 +1,102 @@
+"""How many units each group keeps so that the whole model reaches a FLOPs target."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lightslim.graph import Axis, Graph, Group
+
+TOLERANCE = 0.01
+Widths = dict[Axis, int]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Which widths a group may take.
+
+    Runtimes work in blocks: a layer of 45 channels can be slower than one of 48. Small layers gain nothing from it.
+
+    Args:
+        round_to: groups of ``4 * round_to`` units or more keep a multiple of it.
+        min_units: no group keeps fewer units than this.
+
+    Example:
+        >>> rounding = Rounding(round_to=8, min_units=2)
+        >>> rounding.nearest(64, 0.3), rounding.nearest(10, 0.5), rounding.nearest(10, 0.99)
+        (48, 5, 2)
+    """
+
+    round_to: int = 8
+    min_units: int = 1
+
+    def step(self, size: int) -> int:
+        """The distance between two allowed widths of a group of ``size`` units."""
+        return self.round_to if size >= 4 * self.round_to else 1
+
+    def nearest(self, size: int, ratio: float) -> int:
+        """The allowed width nearest to keeping a share of ``1 - ratio`` of ``size`` units."""
+        step = self.step(size)
+        return self.clip(size, round(size * (1 - ratio) / step) * step)
+
+    def clip(self, size: int, width: int) -> int:
+        """``width`` within what a group of ``size`` units may keep."""
+        return min(size, max(width, self.step(size), self.min_units))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Widths by group axis, the common ratio behind them, and the share of FLOPs that they remove."""
+
+    widths: Widths
+    ratio: float
+    share: float
+
+
+def uniform_widths(graph: Graph, groups: Sequence[Group], target: float, rounding: Rounding) -> Solution:
+    """One common ratio for all ``groups``, found by bisection, that removes a share ``target`` of the FLOPs.
+
+    Rounding makes the reachable shares coarse, so single groups may then move by one step, as long as that brings the
+    total nearer to the target. The nearest reachable solution is returned, whether or not it hits.
+
+    Args:
+        graph: the recording that predicts FLOPs.
+        groups: those that may lose units.
+        target: share of the graph's FLOPs to remove, in (0, 1).
+        rounding: the widths allowed.
+    """
+    whole = graph.flops() or 1
+
+    def removed(widths: Mapping[Axis, int]) -> float:
+        return 1 - graph.flops(widths) / whole
+
+    def at(ratio: float) -> Widths:
+        return {group.axis: rounding.nearest(group.size, ratio) for group in groups}
+
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if removed(at(middle)) < target else (low, middle)
+    ratio = min((low, high), key=lambda r: abs(removed(at(r)) - target))
+    widths = _settle(at(ratio), groups, target, rounding, removed)
+    return Solution(widths, ratio, removed(widths))
+
+
+def _settle(
+    widths: Widths, groups: Sequence[Group], target: float, rounding: Rounding, removed: Callable[[Widths], float]
+) -> Widths:
+    """Move single groups by one step, the most helpful move first, until none brings the total nearer to the target."""
+    start = dict(widths)
+    error = abs(removed(widths) - target)
+    while error > TOLERANCE / 4:
+        moves = [move for group in groups for move in _moves(group, widths, start, rounding)]
+        tried = [(abs(removed(widths | move) - target), i) for i, move in enumerate(moves)]
+        best, index = min(tried, default=(error, 0))
+        if best >= error:
+            break
+        widths, error = widths | moves[index], best
+    return widths
+
+
+def _moves(group: Group, widths: Widths, start: Widths, rounding: Rounding) -> list[Widths]:
+    step = rounding.step(group.size)
+    near = {rounding.clip(group.size, widths[group.axis] + delta) for delta in (-step, step)}
+    return [{group.axis: width} for width in sorted(near) if 0 < abs(width - start[group.axis]) <= step]

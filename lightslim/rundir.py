@@ -1,0 +1,79 @@
+"""A run directory: the resolved recipe, checkpoints, TensorBoard events, exports, and ``result.json``."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightslim.errors import CompressionError
+
+RESULT, RECIPE = "result.json", "recipe.yaml"
+
+
+def prepare(folder: Path, resuming: bool) -> None:
+    """Make the folder of a run and make sure it can be written to.
+
+    Raises:
+        CompressionError: it cannot be written to, or holds another run that this one is not the continuation of.
+    """
+    if not resuming and (folder / RECIPE).exists():
+        raise CompressionError(
+            f"{folder} already holds a run: continue it with --resume auto, or name another with --out"
+        )
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CompressionError(f"the run directory {folder} cannot be written to: {error.strerror}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_recipe(folder: Path, resolved: Mapping[str, Any]) -> None:
+    """Keep the recipe as it was run, includes and overrides resolved."""
+    write_text(folder / RECIPE, yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True))
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write ``result.json``."""
+    write_text(folder / RESULT, json.dumps(result, indent=2, allow_nan=True) + "\n")
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Read ``result.json`` of a finished run.
+
+    Raises:
+        CompressionError: there is none, or it is damaged.
+    """
+    path = folder / RESULT
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CompressionError(f"{folder} holds no {RESULT}: it is not a finished run") from None
+    except (OSError, ValueError) as error:
+        raise CompressionError(f"{path} cannot be read: {error}") from error
+    if not isinstance(result, dict) or "after" not in result:
+        raise CompressionError(f"{path} is not the result of a run")
+    return result
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint to continue from: ``last.ckpt`` if there is one, else the newest file."""
+    found = sorted(folder.glob("*.ckpt"), key=lambda path: (path.stem == "last", path.stat().st_mtime))
+    return found[-1] if found else None

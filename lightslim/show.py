@@ -1,0 +1,76 @@
+"""Results and checkpoints as text for people."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightslim.loading import read_checkpoint
+from lightslim.surgery import CHECKPOINT_KEY, Cut
+from lightslim.tables import table
+
+
+def result_table(result: Mapping[str, Any]) -> str:
+    """The content of ``result.json`` as a table: before, after, change."""
+    before, after = flat(result["before"]), flat(result["after"])
+    rows = [
+        (name, number(before[name]), number(after[name]), _change(before[name], after[name]))
+        for name in before
+        if name in after
+    ]
+    return table(("", "before", "after", "change"), rows)
+
+
+def comparison(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Finished runs side by side: what each ended with."""
+    ends = {run: {**flat(result["after"]), "seconds": result["seconds"]} for run, result in results.items()}
+    columns = list(dict.fromkeys(name for values in ends.values() for name in values))
+    rows = [
+        (run, *(number(values[name]) if name in values else "" for name in columns)) for run, values in ends.items()
+    ]
+    return table(("run", *columns), rows)
+
+
+def flat(measured: Mapping[str, Any]) -> dict[str, float]:
+    """A measurement with its metrics beside its costs.
+
+    Example:
+        >>> flat({"metrics": {"acc": 0.9}, "flops": 10})
+        {'acc': 0.9, 'flops': 10}
+    """
+    return {**measured.get("metrics", {}), **{name: value for name, value in measured.items() if name != "metrics"}}
+
+
+def number(value: float) -> str:
+    """A number for a table: whole ones with separators, others to four digits."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _change(before: float, after: float) -> str:
+    return (
+        f"{after - before:+.4f}" if isinstance(before, float) else f"{(after - before) / before:+.1%}" if before else ""
+    )
+
+
+def inspection(path: str) -> str:
+    """What a checkpoint holds: where training stood, what each strategy did, which tensors lost units."""
+    checkpoint = read_checkpoint(path)
+    weights = checkpoint.get("state_dict", checkpoint)
+    numbers = sum(tensor.numel() for tensor in weights.values() if hasattr(tensor, "numel"))
+    where = f"epoch {checkpoint['epoch']}, step {checkpoint['global_step']}, " if "epoch" in checkpoint else ""
+    lines = [f"{path}: {where}{numbers:,} numbers in {len(weights)} tensors"]
+    for state in checkpoint.get("callbacks", {}).values():
+        lines += [_act(record) for record in state.get("history", ())] if isinstance(state, dict) else []
+    cuts = [Cut.from_state(state) for state in checkpoint.get(CHECKPOINT_KEY, {}).get("cuts", ())]
+    rows = [row for index, cut in enumerate(cuts, 1) for row in _rows(index, cut)]
+    return "\n".join([*lines, table(("tensor", "cut", "dim", "before", "after"), rows)] if rows else lines)
+
+
+def _act(record: Mapping[str, Any]) -> str:
+    pairs = [(name, *record[name]) for name in ("flops", "params") if name in record]
+    pairs += [(name, *pair) for name, pair in record.get("units", {}).items()]
+    told = ", ".join(f"{name} {number(before)} -> {number(after)}" for name, before, after in pairs)
+    return f"{record['act']} at epoch {record['epoch']}: {told}"
+
+
+def _rows(index: int, cut: Cut) -> Iterator[tuple[str, str, str, str, str]]:
+    for item in cut.slices:
+        yield item.tensor, str(index), str(item.dim), str(item.size), str(len(item.kept))

@@ -1,0 +1,225 @@
+"""Change a live model: remove units from its parameters, its optimizers' state and the sizes its modules remember.
+
+Parameters stay the same objects (only their ``.data`` changes), so optimizers, schedulers and tied weights stay valid.
+Everything is computed before anything is changed: a cut happens whole or not at all.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightslim.errors import CompressionError
+from lightslim.graph import Graph, Kept, masks_of
+from lightslim.sizes import sizes_from_shapes
+
+CHECKPOINT_KEY = "lightslim"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Positions ``kept`` of the ``size`` positions along dimension ``dim`` of one parameter or buffer."""
+
+    tensor: str
+    dim: int
+    size: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A size that a module remembers as a plain attribute, before and after."""
+
+    module: str
+    attribute: str
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One structural change of a model; made of plain values, so it travels in checkpoints and between processes."""
+
+    slices: tuple[Slice, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
+
+    def to_state(self) -> dict[str, Any]:
+        """Lists, dicts, numbers and strings only."""
+        return {
+            "slices": [{**asdict(item), "kept": list(item.kept)} for item in self.slices],
+            "rewrites": [asdict(item) for item in self.rewrites],
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Cut":
+        """The inverse of :meth:`to_state`."""
+        slices = (Slice(**{**item, "kept": tuple(item["kept"])}) for item in state["slices"])
+        return cls(tuple(slices), tuple(Rewrite(**item) for item in state["rewrites"]))
+
+
+# The cuts a module has been through live beside it, not on it: the user's object gains no attribute.
+_CUTS: "WeakKeyDictionary[nn.Module, list[Cut]]" = WeakKeyDictionary()
+
+
+def cuts_of(module: nn.Module) -> list[Cut]:
+    """The cuts that ``module`` has been through, oldest first."""
+    return _CUTS.setdefault(module, [])
+
+
+def plan(module: nn.Module, graph: Graph, kept: Kept) -> Cut:
+    """The cut that leaves the units ``kept`` (one bool mask per group's axis) and everything that hangs on them."""
+    slices = tuple(
+        Slice(slot.tensor, slot.dim, len(positions), tuple(positions.nonzero().flatten().tolist()))
+        for slot, positions in masks_of(graph.slots, kept).items()
+    )
+    shapes = {name: tensor.shape for name, tensor in _tensors(module).items()}
+    return Cut(slices, tuple(_rewrites(module, _shapes_after(shapes, slices))))
+
+
+def parameters_after(module: nn.Module, cut: Cut) -> int:
+    """How many parameters ``module`` will have after ``cut``."""
+    shapes = _shapes_after({name: tensor.shape for name, tensor in _tensors(module).items()}, cut.slices)
+    return sum(math.prod(shapes[name]) for name, _ in module.named_parameters())
+
+
+def _shapes_after(shapes: Mapping[str, torch.Size], slices: Iterable[Slice]) -> dict[str, list[int]]:
+    after = {name: list(shape) for name, shape in shapes.items()}
+    for item in slices:
+        after[item.tensor][item.dim] = len(item.kept)
+    return after
+
+
+def _rewrites(module: nn.Module, shapes: Mapping[str, list[int]]) -> Iterator[Rewrite]:
+    for path, child in module.named_modules():
+        prefix = f"{path}." if path else ""
+        own = {name: shapes[prefix + name] for name in (*child._parameters, *child._buffers) if prefix + name in shapes}
+        for attribute, value in sizes_from_shapes(child, own).items():
+            before = getattr(child, attribute)
+            if before != value:
+                yield Rewrite(path, attribute, before, value)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under every name it has."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def apply(module: nn.Module, cut: Cut, optimizers: Iterable[Optimizer] = ()) -> Callable[[], None]:
+    """Carry out ``cut`` on ``module`` in place, optimizer state included.
+
+    Args:
+        module: the model; its parameters keep their identity, their gradients are dropped.
+        cut: from :func:`plan`, for a model of these very shapes.
+        optimizers: state tensors of a parameter's old shape are cut like it, scalars stay, any other is dropped with a
+            warning (the optimizer starts that parameter afresh).
+
+    Returns:
+        A function that undoes it all, optimizer state excepted.
+
+    Raises:
+        CompressionError: the cut does not fit the model; nothing has been changed then.
+    """
+    tensors = _tensors(module)
+    wanted = _by_tensor(cut, tensors)
+    new = {name: _cut_tensor(tensors[name].data, slices) for name, slices in wanted.items()}
+    old = {name: (tensors[name].data, tensors[name].grad) for name in wanted}
+    states = [(optimizer, tensors[name], wanted[name]) for optimizer in optimizers for name in wanted]
+    for optimizer, tensor, slices in states:
+        cut_optimizer_state(optimizer, tensor, slices)
+    for name, data in new.items():
+        tensors[name].data = data
+        tensors[name].grad = None
+    _rewrite(module, {(item.module, item.attribute): item.after for item in cut.rewrites})
+    cuts_of(module).append(cut)
+
+    def undo() -> None:
+        for name, (data, grad) in old.items():
+            tensors[name].data = data
+            tensors[name].grad = grad
+        _rewrite(module, {(item.module, item.attribute): item.before for item in cut.rewrites})
+        cuts_of(module).remove(cut)
+
+    return undo
+
+
+def _by_tensor(cut: Cut, tensors: Mapping[str, Tensor]) -> dict[str, list[Slice]]:
+    wanted: dict[str, list[Slice]] = {}
+    for item in cut.slices:
+        shape = tensors[item.tensor].shape if item.tensor in tensors else ()
+        if len(shape) <= item.dim or shape[item.dim] != item.size:
+            raise CompressionError(
+                f"the cut was planned for {item.tensor} with {item.size} positions along dimension {item.dim}, "
+                f"but the model has {tuple(shape) if shape else 'no such tensor'}"
+            )
+        wanted.setdefault(item.tensor, []).append(item)
+    return wanted
+
+
+def _cut_tensor(tensor: Tensor, slices: Iterable[Slice]) -> Tensor:
+    last = tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    for item in slices:
+        tensor = tensor.index_select(item.dim, torch.tensor(item.kept, dtype=torch.int64, device=tensor.device))
+    return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
+
+
+def cut_optimizer_state(optimizer: Optimizer, parameter: Tensor, slices: Iterable[Slice]) -> None:
+    """Cut the optimizer's memory of ``parameter`` like the parameter, whose old shape is still in place."""
+    state = optimizer.state.get(parameter)
+    if not state:
+        return
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
+    if all(value.shape == parameter.shape for value in tensors.values()):
+        state.update({key: _cut_tensor(value, slices) for key, value in tensors.items()})
+    else:
+        del optimizer.state[parameter]
+        _warn_dropped(optimizer, {key: tuple(value.shape) for key, value in tensors.items()})
+
+
+def _warn_dropped(optimizer: Optimizer, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    rank_zero_warn(
+        f"{type(optimizer).__name__} keeps state whose shape is not its parameter's ({shapes}); "
+        "it cannot be cut and starts afresh for that parameter"
+    )
+
+
+def _rewrite(module: nn.Module, values: Mapping[tuple[str, str], Any]) -> None:
+    for (path, attribute), value in values.items():
+        setattr(module.get_submodule(path), attribute, value)
+
+
+def conform(module: nn.Module, state_dict: Mapping[str, Tensor], record: Mapping[str, Any] | None) -> None:
+    """Give ``module`` the structure that a checkpoint's weights have, larger or smaller; the values come with the load.
+
+    Args:
+        module: the model, at any stage of its cutting.
+        state_dict: the weights about to be loaded.
+        record: what :func:`structure` wrote into the checkpoint; None where there is none, then sizes that torch's own
+            layers remember are still read off the shapes.
+    """
+    tensors = _tensors(module)
+    # Back to the sizes it was built with first: what a layer once was (depthwise or not) tells what its shapes mean.
+    _rewrite(module, {(r.module, r.attribute): r.before for cut in reversed(cuts_of(module)) for r in cut.rewrites})
+    shapes = {name: list(state_dict[name].shape) for name in tensors if name in state_dict}
+    read_off = {(r.module, r.attribute): r.after for r in _rewrites(module, shapes)}
+    cuts = [Cut.from_state(state) for state in (record or {}).get("cuts", [])]
+    recorded = {(r.module, r.attribute): r.after for cut in cuts for r in cut.rewrites}
+    for name, shape in shapes.items():
+        if list(tensors[name].shape) != shape and len(shape) == tensors[name].ndim:
+            tensors[name].data = tensors[name].data.new_empty(shape)
+            tensors[name].grad = None
+    _rewrite(module, {**read_off, **recorded})
+    _CUTS[module] = cuts
+
+
+def structure(module: nn.Module) -> dict[str, Any]:
+    """What a checkpoint must hold so that :func:`conform` can rebuild this model's structure: plain values only."""
+    return {"cuts": [cut.to_state() for cut in cuts_of(module)]}
