@@ -1,5 +1,6 @@
 """The front door: a module, its data and a recipe become a Trainer, a run, and a result."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -167,10 +168,8 @@ class Compressor:
             "enable_model_summary": False,
         }
         trainer = Trainer(**{**self._arguments(), **quiet, "callbacks": [*strategies, rehearsal]})
-        try:
+        with contextlib.suppress(_Rehearsed):
             self._fit(trainer, None)
-        except _Rehearsed:
-            pass
         return rehearsal.texts
 
     def _check_teachers(self, strategies: Sequence[CompressionStrategy]) -> None:
@@ -232,7 +231,7 @@ class Compressor:
         }
 
 
-class _Rehearsed(Exception):  # noqa: N818 - it ends a rehearsal, it is no error
+class _Rehearsed(Exception):
     """Ends a run before its first training step."""
 
 

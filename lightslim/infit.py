@@ -28,7 +28,7 @@ from lightslim.steps import (
 )
 from lightslim.surgery import Cut, apply
 
-# Lightning's names for the strategies whose module is whole on every device; seen by name, so both of its packages count.
+# Lightning's strategies that keep the module whole on every device; by name, so that both of its packages count.
 _WHOLE = {"SingleDeviceStrategy", "DDPStrategy"}
 _SHARDED = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"}
 
@@ -75,8 +75,7 @@ def evaluate(trainer: Trainer, module: LightningModule, limit: int | None = None
         limit: batches of each loader to use; None for as many as the Trainer's own validation.
 
     Returns:
-        Metric name to value; empty where there is no validation data or step. Names that only an epoch-end hook logs are
-        asked for from that hook.
+        Metric name to value, epoch-end hooks included; empty where there is no validation data or step.
     """
     loaders = trainer.val_dataloaders
     if loaders is None or not overrides(module, "validation_step"):
@@ -101,7 +100,7 @@ def _limits(trainer: Trainer, count: int) -> list[float]:
 def _batches(
     trainer: Trainer, module: LightningModule, loaders: list[Any], limits: Sequence[float]
 ) -> Iterator[tuple[dict[str, float], int]]:
-    """What each batch logs, with its size; last what is only known at the end: metric objects and epoch-end hooks."""
+    """What each batch logs, with its size; then what is only known at the end: metric objects, epoch-end hooks."""
     objects: dict[str, Metric] = {}
     for child in module.modules():
         if isinstance(child, Metric):
@@ -163,7 +162,7 @@ def cut_in_fit(trainer: Trainer, module: LightningModule, cut: Cut) -> None:
 def _averaged_copies(trainer: Trainer) -> Iterator[nn.Module]:
     """The module's moving averages that Lightning's own averaging callbacks keep."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average = getattr(callback, "_average_model", None)
+        average: Any = getattr(callback, "_average_model", None)
         if isinstance(average, nn.Module):
             yield average.module if isinstance(getattr(average, "module", None), nn.Module) else average
 

@@ -43,7 +43,7 @@ def _write(logger: Any, name: str, record: Mapping[str, Any]) -> None:
     for tag, before, after in _pairs(record):
         logger.log_metrics({f"lightslim/{tag}": before}, step=max(step - 1, 0))
         logger.log_metrics({f"lightslim/{tag}": after}, step=step)
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_text"):
         experiment.add_text(f"lightslim/{name}", markdown(record), step)
 

@@ -17,7 +17,7 @@ def match(pattern: str, name: str) -> bool:
     r"""Whether the whole of ``name`` fits ``pattern``.
 
     A pattern that starts with ``re:`` or holds something only a regular expression can hold (``.*``, ``|``, ``\d``,
-    ``+``, ``^`` ...) is a regular expression; any other is a glob (``*``, ``?``, ``[abc]``). Both must fit the whole name.
+    ``+``, ``^`` ...) is a regular expression; any other is a glob (``*``, ``?``, ``[abc]``). Both must fit it whole.
 
     Raises:
         CompressionError: the regular expression is malformed.

@@ -63,7 +63,7 @@ def forward_probe(module: nn.Module, example_inputs: Any) -> Probe:
 
 
 def step_probe(module: nn.Module, batch: Any, context: Context = contextlib.nullcontext) -> Probe:
-    """A probe that runs a LightningModule's ``validation_step`` and ``training_step`` (else ``forward``) on ``batch``."""
+    """A probe that runs a LightningModule's own ``validation_step`` and ``training_step``, else ``forward``."""
     training = _step(module, "training_step", batch)
     evaluation = _step(module, "validation_step", batch)
     forward = forward_probe(module, batch[0] if isinstance(batch, (tuple, list)) else batch).evaluate
@@ -237,7 +237,8 @@ def sample_batch(loader: Any, samples: int = 8) -> Any:
     The first ``samples`` items of a map-style DataLoader are collated by hand: no worker starts, no sampler moves.
     Any other loader is asked for its first batch.
     """
-    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    dataset: Any = getattr(loader, "dataset", None)
+    collate = getattr(loader, "collate_fn", None)
     size = getattr(loader, "batch_size", None)
     with isolate_rng():
         if collate is None or size is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):

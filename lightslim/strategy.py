@@ -1,4 +1,4 @@
-"""The base of all strategies: a Lightning callback that acts at an epoch, remembers what it did, and leaves no trace."""
+"""The base of all strategies: a Lightning callback that acts at an epoch, remembers it, and leaves no trace."""
 
 import contextlib
 import math
@@ -93,7 +93,7 @@ class CompressionStrategy(Callback):
             return
         if self.start_epoch >= last:
             raise CompressionError(
-                f"{self.name}: start_epoch is {self.start_epoch}, but training ends after {last} epochs: it would never act"
+                f"{self.name}: start_epoch is {self.start_epoch}, but training ends after {last} epochs: it never acts"
             )
 
     @override
@@ -104,7 +104,7 @@ class CompressionStrategy(Callback):
         if 0 <= trainer.max_steps <= self.start_epoch * steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise CompressionError(
                 f"{self.name}: training ends after {trainer.max_steps} steps, before start_epoch {self.start_epoch}: "
-                "it would never act"
+                "it never acts"
             )
         self.rehearse(trainer, pl_module)
 

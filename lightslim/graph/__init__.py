@@ -2,5 +2,18 @@
 
 from lightslim.graph.axes import Axis
 from lightslim.graph.groups import FrozenGroup, Graph, Group, Kept, Slot, kept_sizes, masks_of, record
+from lightslim.graph.trace import ShapeTrace, disagreement
 
-__all__ = ["Axis", "FrozenGroup", "Graph", "Group", "Kept", "Slot", "kept_sizes", "masks_of", "record"]
+__all__ = [
+    "Axis",
+    "FrozenGroup",
+    "Graph",
+    "Group",
+    "Kept",
+    "ShapeTrace",
+    "Slot",
+    "disagreement",
+    "kept_sizes",
+    "masks_of",
+    "record",
+]

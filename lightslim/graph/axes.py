@@ -1,9 +1,9 @@
 """The algebra of tensor dimensions: which of them are one and the same thing.
 
-An :class:`Axis` is a dimension of some tensor. It is a *leaf* of ``size`` units, a *product* of axes (what ``view`` makes of
-several dimensions, row-major) or a *sum* of axes (what ``cat`` makes). :func:`unify` states that two axes always have the
-same units in the same order; composite axes are cut at their common boundaries until leaf meets leaf. What cannot be
-brought together is frozen, with the reason. Leaves that stay unfrozen can lose units.
+An :class:`Axis` is a dimension of some tensor. It is a *leaf* of ``size`` units, a *product* of axes (what ``view``
+makes of several dimensions, row-major) or a *sum* of axes (what ``cat`` makes). :func:`unify` states that two axes
+always have the same units in the same order; composite axes are cut at their common boundaries until leaf meets leaf.
+What cannot be brought together is frozen, with the reason. Leaves that stay unfrozen can lose units.
 """
 
 import math
@@ -109,7 +109,7 @@ def _freeze_both(a: Axis, b: Axis, reason: str) -> None:
 
 
 def _pop(stack: list[Axis], kind: str) -> Axis:
-    """Take the innermost factor (or the first term) off the stack, as things stand: any part may be composite by now."""
+    """Take the innermost factor (or the first term) off the stack; any part may have become composite by now."""
     axis = find(stack.pop())
     while axis.kind == kind:
         stack.extend(axis.parts if kind == PRODUCT else axis.parts[::-1])
@@ -181,7 +181,7 @@ def _align_terms(a: Axis, b: Axis) -> None:
 
 
 def _split(axis: Axis, at: int) -> tuple[Axis, Axis] | None:
-    """The first ``at`` positions of ``axis`` and the rest, opening a leaf for it; None if that cuts through a factor."""
+    """The first ``at`` positions of ``axis`` and the rest, opening a leaf for it; None if a factor is in the way."""
     axis = find(axis)
     if at in (0, axis.size):
         return (Axis(0), axis) if at == 0 else (axis, Axis(0))

@@ -2,15 +2,15 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from lightslim.graph.axes import Axis, count, leaves, mask, units
 from lightslim.graph.record import Recorder, Work
 from lightslim.graph.rules import KERNEL
+from lightslim.graph.trace import Made
 from lightslim.steps import Probe
 
 Kept = Mapping[Axis, Tensor]
@@ -75,6 +75,7 @@ class Graph:
         unreached: parameters that no run used; they are left alone.
         unknown: ops without a rule.
         batch_size: samples in the recorded step.
+        traces: what each op made, in order, by mode (False for evaluation, True for training).
     """
 
     groups: tuple[Group, ...]
@@ -84,6 +85,7 @@ class Graph:
     unreached: tuple[str, ...]
     unknown: tuple[str, ...]
     batch_size: int
+    traces: Mapping[bool, Sequence[Made]]
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -108,7 +110,7 @@ class Graph:
         refused = list(refused)
         frozen = tuple(FrozenGroup(_tensors(group.slots), group.size, reason) for group in refused)
         groups = tuple(group for group in self.groups if group not in refused)
-        return Graph(groups, self.frozen + frozen, self.slots, self.work, self.unreached, self.unknown, self.batch_size)
+        return replace(self, groups=groups, frozen=self.frozen + frozen)
 
 
 def record(probe: Probe) -> Graph:
@@ -125,15 +127,17 @@ def record(probe: Probe) -> Graph:
         ([('0', 8)], 96)
     """
     book = Recorder(probe.module)
+    traces: dict[bool, Sequence[Made]] = {}
     for training in (False, True) if probe.train else (False,):
         book.counting = not training
+        traces[training] = book.trace = []
         with book.watching():
             output, _ = probe.run(training)
             book.protect(output)
-    return _graph(book, probe)
+    return _graph(book, probe, traces)
 
 
-def _graph(book: Recorder, probe: Probe) -> Graph:
+def _graph(book: Recorder, probe: Probe, traces: Mapping[bool, Sequence[Made]]) -> Graph:
     reached = [name for name in book.tensors if name in book.reached]
     slots = [Slot(name, dim, axis) for name in reached for dim, axis in enumerate(book.reached[name])]
     by_leaf: dict[Axis, list[Slot]] = {}
@@ -152,9 +156,15 @@ def _graph(book: Recorder, probe: Probe) -> Graph:
         elif reason != KERNEL:
             frozen.append(FrozenGroup(_tensors(owned), leaf.size, reason))
     return Graph(
-        tuple(groups), tuple(frozen), tuple(slots), tuple(book.work),
-        tuple(name for name in parameters if name not in book.reached), tuple(sorted(book.unknown)), probe.batch_size,
-    )  # fmt: skip
+        groups=tuple(groups),
+        frozen=tuple(frozen),
+        slots=tuple(slots),
+        work=tuple(book.work),
+        unreached=tuple(name for name in parameters if name not in book.reached),
+        unknown=tuple(sorted(book.unknown)),
+        batch_size=probe.batch_size,
+        traces=traces,
+    )
 
 
 def _not_units(leaf: Axis, weights: list[Slot], read: set[Axis]) -> str | None:

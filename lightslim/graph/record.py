@@ -12,7 +12,9 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightslim.graph.axes import Axis, freeze
-from lightslim.graph.rules import RULES, pointwise
+from lightslim.graph.rules import pointwise
+from lightslim.graph.table import RULES
+from lightslim.graph.trace import Made
 from lightslim.steps import tensors_in
 
 Axes = Sequence[Axis]
@@ -30,14 +32,15 @@ class Work:
 class Recorder(TorchDispatchMode):
     """Gives every tensor dimension its axis while the model runs under it.
 
-    It sees ATen ops, below autograd and below any Python: loops, branches and modules without ``forward`` all look alike.
+    It sees ATen ops, below autograd and below any Python: loops, branches and modules without ``forward`` look alike.
     One recorder can watch several runs (evaluation and training); a parameter keeps its axes throughout.
 
     Attributes:
         work: the FLOPs of each op of the runs watched with ``counting`` on.
         reads: axes that some weight contracts over, i.e. whose units a later layer reads.
         unknown: names of ops without a rule; all they touched is frozen.
-        reached: names of the parameters and buffers that some op used.
+        reached: the axes of the parameters and buffers that some op used.
+        trace: what each op of the runs made, in order.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -50,6 +53,7 @@ class Recorder(TorchDispatchMode):
         self.reads: list[Axis] = []
         self.unknown: set[str] = set()
         self.reached: dict[str, Axes] = {}
+        self.trace: list[Made] = []
         self._axes = WeakTensorKeyDictionary()
         self._origin = WeakTensorKeyDictionary()
         self._spent: tuple[str, tuple[Axis, ...]] = ("", ())
@@ -84,7 +88,7 @@ class Recorder(TorchDispatchMode):
             self.reads.append(axis)
 
     def spend(self, axes: Iterable[Axis], weight: Tensor) -> None:
-        """Note what the FLOPs of the op at hand are proportional to, and the weight whose layer they are counted for."""
+        """Note what the FLOPs of the op at hand are proportional to, and the weight whose layer they count for."""
         name = self.origin(weight)
         self._spent = (name.rpartition(".")[0] if name else "", tuple(axes))
 
@@ -135,6 +139,7 @@ class Recorder(TorchDispatchMode):
             if tensor not in self._axes:
                 reason = f"made by {_name(func)}" if ins else None
                 self[tensor] = [Axis(size, reason) for size in tensor.shape]
+        self.trace.append(Made(_name(func), tuple(tuple(self[tensor]) for tensor in outs)))
 
     def _inherit_origin(self, ins: list[Tensor], outs: list[Tensor]) -> None:
         origins = [self.origin(tensor) for tensor in ins]

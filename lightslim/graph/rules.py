@@ -1,7 +1,7 @@
-"""What each family of ATen ops says about axes: one short rule per family, one table at the end.
+"""What each family of ATen ops says about axes: one short rule per family; ``table.py`` says which op is of which.
 
-A rule gets the recorder (``book``), the op's output and its arguments under their schema names. ``book[tensor]`` are the
-axes of a tensor. A rule assigns the output's axes and unifies what the op ties together. What has no rule is frozen.
+A rule gets the recorder (``book``), the op's output and its arguments under their schema names. ``book[tensor]`` are
+the axes of a tensor. A rule assigns the output's axes and unifies what the op ties together.
 """
 
 import math
@@ -209,7 +209,7 @@ def indexed(book: "Recorder", out: Any, func: Any, **arguments: Any) -> None:
 
 
 def index(book: "Recorder", out: Tensor, self: Tensor, indices: Sequence[Tensor | None], **_: Any) -> None:
-    """``x[:, i, mask]``: indexed dimensions stay, the others pass; neighbouring indices leave their dimensions in place."""
+    """``x[:, i, mask]``: indexed dimensions stay, the others pass; neighbouring indices stay where they are."""
     used = [d for d, chosen in enumerate(indices) if chosen is not None]
     for d in used:
         freeze(book[self][d], "read by index")
@@ -383,57 +383,3 @@ def unfold(book: "Recorder", out: Tensor, self: Tensor, kernel_size: Sequence[in
     positions = fixed(math.prod(kernel_size), "kernel positions")
     lead = out.ndim - 2
     book[out] = [*book[self][:lead], product((book[self][lead], positions)), fixed(out.shape[-1], "windows")]
-
-
-def _table(families: dict[Rule, str]) -> dict[str, Rule]:
-    return {name: rule for rule, names in families.items() for name in names.split()}
-
-
-RULES: dict[str, Rule] = _table(
-    {
-        convolution: "convolution _convolution cudnn_convolution mkldnn_convolution miopen_convolution convolution_overrideable",
-        matmul: "mm bmm addmm baddbmm",
-        linear: "linear",
-        attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
-        "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable",
-        embedding: "embedding",
-        batch_norm: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
-        "miopen_batch_norm _batch_norm_with_update _batch_norm_no_update batch_norm",
-        layer_norm: "native_layer_norm _fused_rms_norm rms_norm",
-        group_norm: "native_group_norm",
-        pointwise: "copy _prelu_kernel hardswish log_sigmoid_forward rrelu_with_noise polar complex",
-        loss: "mse_loss smooth_l1_loss huber_loss l1_loss kl_div binary_cross_entropy binary_cross_entropy_with_logits",
-        same: "clone _to_copy detach alias lift_fresh contiguous native_dropout _fused_dropout bernoulli zeros_like ones_like "
-        "full_like empty_like rand_like randn_like fill zero normal uniform exponential",
-        spatial: "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
-        "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d "
-        "mkldnn_max_pool2d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
-        "replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d "
-        "_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d "
-        "upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d grid_sampler_3d",
-        reduce: "sum mean amax amin max min var std var_mean std_mean prod logsumexp linalg_vector_norm norm any all argmax "
-        "argmin aminmax median nanmean nansum",
-        along: "_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp flip roll sort topk index_select tril triu",
-        indexed: "nll_loss_forward nll_loss2d_forward nll_loss gather scatter scatter_add scatter_reduce index_put index_add "
-        "take_along_dim bincount histc unique _unique2 searchsorted nonzero masked_select one_hot multi_margin_loss "
-        "multilabel_margin_loss_forward cross_entropy_loss _ctc_loss",
-        index: "index",
-        select_dims: "select unbind",
-        view: "view _unsafe_view reshape _reshape_alias",
-        permute: "permute",
-        transpose: "transpose t",
-        squeeze: "squeeze unsqueeze",
-        expand: "expand",
-        repeat: "repeat",
-        cat: "cat _cat",
-        stack: "stack",
-        glu: "glu",
-        split: "split unsafe_split split_with_sizes unsafe_split_with_sizes chunk unsafe_chunk",
-        slice_: "slice",
-        pad: "constant_pad_nd",
-        pixel_shuffle: "pixel_shuffle",
-        pixel_unshuffle: "pixel_unshuffle",
-        channel_shuffle: "channel_shuffle native_channel_shuffle",
-        unfold: "im2col",
-    }
-)

@@ -4,7 +4,9 @@ from torch import Tensor
 
 
 def l1_norm(weight: Tensor, axis: int = 0) -> Tensor:
-    """The sum of absolute weights of each slice along ``axis`` (Li et al. 2017, "Pruning Filters for Efficient ConvNets").
+    """The sum of absolute weights of each slice along ``axis``.
+
+    Source: Li et al. 2017, "Pruning Filters for Efficient ConvNets".
 
     Args:
         weight: any floating-point tensor.

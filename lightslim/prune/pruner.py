@@ -15,8 +15,8 @@ class StructurePruner:
     """Ranks the units of a group by a criterion of the weights that make them.
 
     Args:
-        pruning_axis: pattern of parameter names to the dimension whose slices are ranked and removed; parameters that no
-            pattern fits are never chosen (they still follow the groups they belong to). Default: ``{"*": 0}``.
+        pruning_axis: pattern of parameter names to the dimension whose slices are ranked and removed; parameters that
+            no pattern fits are never chosen (they still follow the groups they belong to). Default: ``{"*": 0}``.
         criterions: pattern of parameter names to the name of a registered criterion. Default: ``{"*": "l1_norm"}``.
 
     Raises:
@@ -42,7 +42,7 @@ class StructurePruner:
         """The groups that hold the pruning axis of some parameter named by ``pruned_params`` and of none in ``ignore``.
 
         Raises:
-            CompressionError: no parameter has such a name, or none of those named can lose units (the reasons are listed).
+            CompressionError: no parameter has such a name, or none of those named can lose units (it says why).
         """
         names = sorted(dict.fromkeys([slot.tensor for slot in graph.slots]) | dict.fromkeys(graph.unreached))
         named = set(select(pruned_params, names, "pruned_params"))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from lightslim.graph import Graph, Group, Kept
+from lightslim.graph import Graph, Group, Kept, ShapeTrace, disagreement, kept_sizes
 from lightslim.steps import Probe
 from lightslim.surgery import apply, plan
 
@@ -29,22 +29,27 @@ def feasible(graph: Graph, probe: Probe, choose: Choose) -> tuple[Graph, Kept]:
         if failure is None:
             return graph, kept
         culprit, reason = _culprit(graph, probe, groups, kept, failure)
-        graph = graph.without([culprit], f"the model does not run with this cut: {reason}")
+        graph = graph.without([culprit], f"the model does not stand this cut: {reason}")
 
 
 def _failure(graph: Graph, probe: Probe, groups: Sequence[Group], kept: Kept) -> str | None:
-    """Why the model does not run with these groups cut; None if it does."""
+    """Why the model does not run, or not as the algebra predicts, with these groups cut; None if it does."""
     if not groups:
         return None
-    undo = apply(probe.module, plan(probe.module, graph, {group.axis: kept[group.axis] for group in groups}))
+    chosen = {group.axis: kept[group.axis] for group in groups}
+    undo = apply(probe.module, plan(probe.module, graph, chosen))
     try:
-        probe.run()
-        probe.run(training=True)
+        return next(filter(None, (_odd_run(graph, probe, mode, chosen) for mode in graph.traces)), None)
     except Exception as error:  # whatever the user's code raises when a size is not what it expects
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     finally:
         undo()
-    return None
+
+
+def _odd_run(graph: Graph, probe: Probe, training: bool, kept: Kept) -> str | None:
+    with ShapeTrace() as trace:
+        probe.run(training)
+    return disagreement(graph.traces[training], trace, kept_sizes(kept))
 
 
 def _culprit(graph: Graph, probe: Probe, groups: list[Group], kept: Kept, failure: str) -> tuple[Group, str]:

@@ -1,7 +1,7 @@
 """Uniform pruning: one common ratio for all layers. The function :func:`prune`, and the strategy that says when."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
@@ -41,7 +41,7 @@ class UniformPruning:
     target_ratio: float
     pruned_params: str = "*"
     ignore: Sequence[str] = ()
-    rounding: Rounding = Rounding()
+    rounding: Rounding = field(default_factory=Rounding)
 
     def __post_init__(self) -> None:
         if not 0 < self.target_ratio < 1:
