@@ -41,12 +41,14 @@ def bind(
     """
     where = where or Where()
     parameters = _parameters(target)
+    known = {parameter.name: parameter for parameter in parameters if parameter.kind in _BY_NAME}
     label = getattr(target, "__name__", str(target))
-    if Parameter.VAR_KEYWORD not in {parameter.kind for parameter in parameters}:
-        _check_names(label, [parameter.name for parameter in parameters], values, where)
-    for parameter in parameters:
-        if parameter.kind in _BY_NAME and parameter.default is Parameter.empty and parameter.name not in values:
-            raise where.error(f"{label} needs the argument {parameter.name!r}")
+    if all(parameter.kind is not Parameter.VAR_KEYWORD for parameter in parameters):
+        for name in [name for name in values if name not in known]:
+            raise (where / name).error(f"{label} has no such argument; {did_you_mean(str(name), known)}")
+    for name, parameter in known.items():
+        if parameter.default is Parameter.empty and name not in values:
+            raise where.error(f"{label} needs the argument {name!r}")
     hints = _hints(target, parameters)
     return {name: fit(value, hints.get(name, Any), where / name, named) for name, value in values.items()}
 
@@ -66,12 +68,6 @@ def _parameters(target: Callable[..., Any]) -> list[Parameter]:
         return list(inspect.signature(target).parameters.values())
     except (ValueError, TypeError):  # some classes written in C do not tell
         return [Parameter("anything", Parameter.VAR_KEYWORD)]
-
-
-def _check_names(label: str, known: list[str], values: Mapping[Any, Any], where: Where) -> None:
-    for name in values:
-        if name not in known:
-            raise (where / name).error(f"{label} has no such argument; {did_you_mean(str(name), known)}")
 
 
 def _hints(target: Callable[..., Any], parameters: list[Parameter]) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def describe(hint: Any) -> str:
 
     Example:
         >>> describe(list[int] | Literal["auto", "all"] | None)
-        "a list, each item a whole number, or 'auto' or 'all' or null"
+        "a list, each item a whole number or 'auto' or 'all' or null"
         >>> describe(dict[str, float]), describe(Where)
         ('a mapping, each value a number', 'a Where object')
     """

@@ -1,12 +1,13 @@
 """How a recipe names parameters and layers: one rule for globs and regular expressions."""
 
+import difflib
 import fnmatch
 import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-from lightslim.errors import CompressionError, nearest
+from lightslim.errors import CompressionError
 
 T = TypeVar("T")
 
@@ -60,9 +61,21 @@ def select(pattern: str, names: Iterable[str], what: str) -> list[str]:
     names = list(names)
     found = [name for name in names if match(pattern, name)]
     if not found:
-        near = nearest(pattern.strip("*.^$"), names) or names[:5]
+        near = sorted(names, key=functools.partial(_likeness, _plain(pattern)), reverse=True)[:5]
         raise CompressionError(f"{what}: {pattern!r} matches none of {len(names)} names; nearest: {', '.join(near)}")
     return found
+
+
+def _plain(pattern: str) -> str:
+    """What is left of a pattern without its special characters."""
+    return re.sub(r"[^\w.]+", "", pattern.removeprefix("re:")).strip(".")
+
+
+def _likeness(text: str, name: str) -> float:
+    """How much ``text`` is like some run of the dotted parts of ``name``, from 0 to 1."""
+    parts = name.split(".")
+    runs = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
+    return max(difflib.SequenceMatcher(None, text, run).ratio() for run in runs)
 
 
 def lookup(table: Mapping[str, T], name: str) -> T | None:

@@ -1,11 +1,153 @@
 """A recipe: one YAML file that says which strategies compress which model, and when.
 
-Sections ``pruners``, ``distillers`` and ``strategies`` hold named instances, ``{class: Name, argument: value ...}``;
-``model``, ``teacher`` and ``data`` hold one each, by ``class: pkg.mod:Name``; ``trainer`` holds arguments of Lightning's
-Trainer; ``compressor`` (or, as of old, ``compress_pass``) says what runs. Everything in it is checked when it is read.
+Sections ``pruners``, ``distillers`` and ``strategies`` hold named instances, ``name: {class: Name, argument: value}``;
+``model``, ``teacher`` and ``data`` hold one object each, of a ``class: pkg.mod:Name``; ``trainer`` holds arguments for
+Lightning's Trainer; ``compressor`` (of old ``compress_pass``) says what runs and for how long; ``include`` names more
+files. Everything is checked when the file is read; models, data and what the Trainer takes are built when asked for.
 """
 
-_KINDS = {"pruners": "pruner", "distillers": "distiller", "strategies": "strategy"}
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Trainer
+
+from lightslim.arguments import bind
+from lightslim.blueprint import Blueprint, importable, realize
+from lightslim.drafts import drafted, instance, instances, section
+from lightslim.hints import fit
+from lightslim.schedule import SECTIONS, schedule
+from lightslim.sources import gather
+from lightslim.strategy import CompressionStrategy
+from lightslim.yamlfile import Document
+
 _OBJECTS = ("model", "teacher", "data")
-_COMPRESSORS = ("compressor", "compress_pass")
-_SECTIONS = (*_KINDS, *_OBJECTS, "trainer", *_COMPRESSORS)
+_SECTIONS = ("pruners", "distillers", "strategies", *_OBJECTS, "trainer", *SECTIONS)
+
+# What the trainer section must leave to the compressor section.
+_SAME_SETTING = {"max_epochs": "epoch", "check_val_every_n_epoch": "eval_epoch"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe file says, checked.
+
+    Args:
+        path: the file.
+        epoch: how many epochs to train; None if the file has no ``compressor`` section, and so cannot be run.
+        checkpoint_path: folder for checkpoints.
+        init_model: checkpoint to start from.
+        eval_epoch: evaluate every so many epochs.
+        seed: of all random numbers.
+        teacher_checkpoint: weights for the teacher.
+        unlisted: names of strategies that are defined but not listed to run.
+
+    Example:
+        recipe = Recipe.from_yaml("compress.yaml", overrides=["strategies.halve.target_ratio=0.3"])
+        trainer = Trainer(max_epochs=recipe.epoch, callbacks=recipe.strategies(), **recipe.trainer_arguments())
+    """
+
+    path: Path
+    epoch: int | None = None
+    checkpoint_path: str | None = None
+    init_model: str | None = None
+    eval_epoch: int = 1
+    seed: int | None = None
+    teacher_checkpoint: str | None = None
+    unlisted: tuple[str, ...] = ()
+    _listed: Sequence[Blueprint] = field(default=(), repr=False)
+    _objects: Mapping[str, Blueprint] = field(default_factory=dict, repr=False)
+    _trainer: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    _tree: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_yaml(cls, path: str | PathLike[str], overrides: Sequence[str] = ()) -> "Recipe":
+        """Read and check a recipe.
+
+        Args:
+            path: the file; classes in it are found from the current folder, the file's folder, and what is installed.
+            overrides: ``key.path=value`` each, stronger than the file.
+
+        Raises:
+            CompressionError: something is wrong with it; the message begins with ``FILE:LINE: key.path``.
+        """
+        document = gather(path, _SECTIONS, overrides)
+        with importable(Path.cwd(), Path(path).parent):
+            strategies = _strategies(document)
+            settings = schedule(document, strategies)
+            listed = settings.pop("strategies")
+            return cls(
+                path=Path(path),
+                **settings,
+                teacher_checkpoint=_teacher_checkpoint(document),
+                unlisted=tuple(name for name in strategies if name not in listed),
+                _listed=[strategies[name] for name in listed],
+                _objects={name: _object(document, name) for name in _OBJECTS if document.tree.get(name) is not None},
+                _trainer=_trainer(document, settings),
+                _tree=document.tree,
+            )
+
+    def strategies(self) -> list[CompressionStrategy]:
+        """New strategies, in the order listed; those that name the same pruner or distiller share it."""
+        strategies: list[CompressionStrategy] = self._built(list(self._listed))
+        return strategies
+
+    def model(self) -> Any:
+        """A new model; None if the recipe has none."""
+        return self._built(self._objects.get("model"))
+
+    def teacher(self) -> Any:
+        """A new teacher, without the weights of ``teacher_checkpoint``; None if the recipe has none."""
+        return self._built(self._objects.get("teacher"))
+
+    def data(self) -> Any:
+        """A new data module; None if the recipe has none."""
+        return self._built(self._objects.get("data"))
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """What the recipe wants of the Trainer, with new callbacks and loggers."""
+        arguments: dict[str, Any] = self._built(self._trainer)
+        return arguments
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as plain values, after includes and overrides."""
+        return copy.deepcopy(dict(self._tree))
+
+    def _built(self, value: Any) -> Any:
+        with importable(Path.cwd(), self.path.parent):
+            return realize(value, {})
+
+
+def _strategies(document: Document) -> dict[str, Blueprint]:
+    pruners, distillers = instances(document, "pruners", "pruner"), instances(document, "distillers", "distiller")
+    for name in sorted(distillers.keys() & pruners.keys()):
+        raise distillers[name].where.error(f"is the name of a pruner too, at {pruners[name].where.place}")
+    strategies = instances(document, "strategies", "strategy", {**pruners, **distillers})
+    built: dict[Blueprint, Any] = {}
+    for blueprint in [*pruners.values(), *distillers.values(), *strategies.values()]:
+        blueprint.build(built)  # only for the checks in their constructors
+    return strategies
+
+
+def _object(document: Document, name: str) -> Blueprint:
+    arguments = {
+        key: value for key, value in section(document, name).items() if (name, key) != ("teacher", "checkpoint")
+    }
+    return instance(arguments, document.where(name))
+
+
+def _teacher_checkpoint(document: Document) -> str | None:
+    checkpoint = section(document, "teacher").get("checkpoint")
+    return fit(checkpoint, str | None, document.where("teacher", "checkpoint"))  # type: ignore[no-any-return]
+
+
+def _trainer(document: Document, settings: Mapping[str, Any]) -> dict[str, Any]:
+    where = document.where("trainer")
+    arguments = bind(Trainer, drafted(section(document, "trainer"), where), where)
+    for name, same in _SAME_SETTING.items():
+        if name in arguments and same in settings:
+            raise (where / name).error(f"would fight with {same!r} of the compressor section")
+    return arguments

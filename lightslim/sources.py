@@ -22,34 +22,33 @@ def gather(path: str | PathLike[str], sections: Sequence[str], overrides: Sequen
     Raises:
         CompressionError: a source is malformed, a file includes itself, or two sources give the same thing.
     """
-    document = Document({}, {(): Place(str(path))})
-    _take(document, path, None, ("version", "include", *sections), [], set())
+    document, files = Document({}, {(): Place(str(path))}), dict[Path, Document]()
+    _collect(Path(path), ("version", "include", *sections), files)
+    for file in files.values():
+        _merge(document, file)
     for assignment in overrides:
         override(document, assignment)
     _check_sections(document, ("version", *sections))
     return document
 
 
-def _take(
-    document: Document,
-    path: str | PathLike[str],
-    asked: Where | None,
+def _collect(
+    path: Path,
     sections: Sequence[str],
-    chain: list[Path],
-    seen: set[Path],
+    files: dict[Path, Document],
+    chain: Sequence[Path] = (),
+    asked: Where | None = None,
 ) -> None:
-    file = read(path, sections, asked)
+    file, here = read(path, sections, asked), path.resolve()
+    if asked and here in chain:
+        raise asked.error(f"{' -> '.join(step.name for step in [*chain, here])} goes round in a circle")
+    if here in files:
+        return
+    files[here] = file
     _check_sections(file, sections)
-    _merge(document, file)
-    chain, where = [*chain, Path(path).resolve()], file.where("include")
-    names = fit(file.tree.get("include"), str | list[str] | None, where) or []
-    for name in [names] if isinstance(names, str) else names:
-        included = Path(path).parent / name
-        if included.resolve() in chain:
-            raise where.error(f"{' -> '.join(step.name for step in [*chain, included])} goes round in a circle")
-        if included.resolve() not in seen:
-            seen.add(included.resolve())
-            _take(document, included, where, sections, chain, seen)
+    names, where = file.tree.get("include"), file.where("include")
+    for name in fit([names] if isinstance(names, str) else names, list[str] | None, where) or []:
+        _collect(path.parent / name, sections, files, [*chain, here], where)
 
 
 def _check_sections(document: Document, sections: Sequence[str]) -> None:

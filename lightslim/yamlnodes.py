@@ -89,7 +89,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.values, self.depth = self.values + 1, self.depth + 1
-        _check_weight((self.values, self.depth), self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        _check_weight((self.values, self.depth), self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

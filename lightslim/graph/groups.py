@@ -72,6 +72,7 @@ class Graph:
         frozen: everything else that some op used.
         slots: every dimension of every parameter and buffer that some op used.
         work: FLOPs by op, of one evaluation step.
+        parameters: the names of all parameters.
         unreached: parameters that no run used; they are left alone.
         unknown: ops without a rule.
         batch_size: samples in the recorded step.
@@ -82,6 +83,7 @@ class Graph:
     frozen: tuple[FrozenGroup, ...]
     slots: tuple[Slot, ...]
     work: tuple[Work, ...]
+    parameters: tuple[str, ...]
     unreached: tuple[str, ...]
     unknown: tuple[str, ...]
     batch_size: int
@@ -119,6 +121,7 @@ def record(probe: Probe) -> Graph:
     Both are watched since branches differ: an auxiliary head runs only in training, and a cut must fit it too.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from lightslim.steps import forward_probe
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -160,6 +163,7 @@ def _graph(book: Recorder, probe: Probe, traces: Mapping[bool, Sequence[Made]]) 
         frozen=tuple(frozen),
         slots=tuple(slots),
         work=tuple(book.work),
+        parameters=tuple(parameters),
         unreached=tuple(name for name in parameters if name not in book.reached),
         unknown=tuple(sorted(book.unknown)),
         batch_size=probe.batch_size,

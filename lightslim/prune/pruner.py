@@ -44,7 +44,7 @@ class StructurePruner:
         Raises:
             CompressionError: no parameter has such a name, or none of those named can lose units (it says why).
         """
-        names = sorted(dict.fromkeys([slot.tensor for slot in graph.slots]) | dict.fromkeys(graph.unreached))
+        names = list(graph.parameters)
         named = set(select(pruned_params, names, "pruned_params"))
         spared = {name for pattern in ignore for name in select(pattern, names, "ignore")}
         owners = [(group, {slot.tensor for slot in group.slots if self._ranks(slot)}) for group in graph]

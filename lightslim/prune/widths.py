@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
+from lightslim.errors import CompressionError
 from lightslim.graph import Axis, Graph, Group
 
 TOLERANCE = 0.01
+MANY = 64  # moves beyond which pairs of them are too many to try
 Widths = dict[Axis, int]
 
 
@@ -19,6 +22,9 @@ class Rounding:
         round_to: groups of ``4 * round_to`` units or more keep a multiple of it.
         min_units: no group keeps fewer units than this.
 
+    Raises:
+        CompressionError: either is less than 1.
+
     Example:
         >>> rounding = Rounding(round_to=8, min_units=2)
         >>> rounding.nearest(64, 0.3), rounding.nearest(10, 0.5), rounding.nearest(10, 0.99)
@@ -27,6 +33,11 @@ class Rounding:
 
     round_to: int = 8
     min_units: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("round_to", "min_units"):
+            if getattr(self, name) < 1:
+                raise CompressionError(f"{name} is {getattr(self, name)}; it must be 1 or more")
 
     def step(self, size: int) -> int:
         """The distance between two allowed widths of a group of ``size`` units."""
@@ -54,8 +65,8 @@ class Solution:
 def uniform_widths(graph: Graph, groups: Sequence[Group], target: float, rounding: Rounding) -> Solution:
     """One common ratio for all ``groups``, found by bisection, that removes a share ``target`` of the FLOPs.
 
-    Rounding makes the reachable shares coarse, so single groups may then move by one step, as long as that brings the
-    total nearer to the target. The nearest reachable solution is returned, whether or not it hits.
+    Rounding makes the reachable shares coarse, so groups may then move by a step (or an eighth of their units) as long
+    as that brings the total nearer to the target. The nearest reachable solution is returned, whether or not it hits.
 
     Args:
         graph: the recording that predicts FLOPs.
@@ -83,20 +94,34 @@ def uniform_widths(graph: Graph, groups: Sequence[Group], target: float, roundin
 def _settle(
     widths: Widths, groups: Sequence[Group], target: float, rounding: Rounding, removed: Callable[[Widths], float]
 ) -> Widths:
-    """Move single groups by one step, the most helpful move first, until none brings the total nearer to the target."""
+    """Move single groups by one step, or two at once, the most helpful first, until nothing brings the total nearer."""
     start = dict(widths)
     error = abs(removed(widths) - target)
     while error > TOLERANCE / 4:
         moves = [move for group in groups for move in _moves(group, widths, start, rounding)]
-        tried = [(abs(removed(widths | move) - target), i) for i, move in enumerate(moves)]
-        best, index = min(tried, default=(error, 0))
+        best, move = _nearest_move(widths, moves, target, removed)
+        if best >= error and error > TOLERANCE and len(moves) <= MANY:
+            best, move = _nearest_move(widths, [a | b for a, b in combinations(moves, 2)], target, removed)
         if best >= error:
             break
-        widths, error = widths | moves[index], best
+        widths, error = widths | move, best
     return widths
+
+
+def _nearest_move(
+    widths: Widths, moves: Sequence[Widths], target: float, removed: Callable[[Widths], float]
+) -> tuple[float, Widths]:
+    errors = [abs(removed(widths | move) - target) for move in moves]
+    best = min(range(len(moves)), key=errors.__getitem__, default=None)
+    return (errors[best], moves[best]) if best is not None else (float("inf"), {})
 
 
 def _moves(group: Group, widths: Widths, start: Widths, rounding: Rounding) -> list[Widths]:
     step = rounding.step(group.size)
+    reach = max(step, group.size // 8)
     near = {rounding.clip(group.size, widths[group.axis] + delta) for delta in (-step, step)}
-    return [{group.axis: width} for width in sorted(near) if 0 < abs(width - start[group.axis]) <= step]
+    return [
+        {group.axis: width}
+        for width in sorted(near)
+        if width != widths[group.axis] and abs(width - start[group.axis]) <= reach
+    ]

@@ -1,0 +1,147 @@
+"""Uniform pruning: targets, widths, patterns, refusals, on plain modules."""
+
+import warnings
+
+import pytest
+import torch
+from experiments.models import MobileNetV1, ResNet20
+from nets import randomize
+from torch import nn
+
+from lightslim import CompressionError, StructurePruner
+from lightslim.cost import cost
+from lightslim.graph import record
+from lightslim.prune import find_groups, prune
+from lightslim.prune.widths import Rounding
+from lightslim.steps import forward_probe
+
+X = torch.zeros(2, 1, 28, 28)
+
+
+@pytest.mark.parametrize("target", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_the_target_is_reached_within_one_percent(target):
+    net = MobileNetV1()
+    before = cost(net, X).flops
+    prune(net, X, target)
+    assert 1 - cost(net, X).flops / before == pytest.approx(target, abs=0.01)
+
+
+def test_wide_layers_keep_multiples_of_eight_and_all_keep_about_the_same_share():
+    report = prune(ResNet20(), X, 0.5)
+    for before, after in report.units.values():
+        assert after % 8 == 0 if before >= 32 else after >= 1
+        assert abs(after - before * (1 - report.ratio)) <= max(8, 2)
+
+
+def test_rounding_can_be_changed_and_minimum_units_hold():
+    report = prune(ResNet20(), X, 0.5, round_to=4)
+    assert all(after % 4 == 0 for before, after in report.units.values() if before >= 16)
+    assert Rounding(round_to=1, min_units=6).nearest(64, 0.99) == 6
+
+
+def test_an_unreachable_target_is_said_and_the_nearest_is_taken():
+    net = nn.Sequential(nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 3))
+    with pytest.warns(UserWarning, match=r"asked to remove 99.9% .* nearest that can be reached is 9\d"):
+        report = prune(net, X, 0.999)
+    assert report.flops_removed < 0.999
+
+
+def test_two_cuts_compound():
+    net = MobileNetV1()
+    whole = cost(net, X).flops
+    prune(net, X, 0.1)
+    prune(net, X, 0.1)
+    assert cost(net, X).flops / whole == pytest.approx(0.81, abs=0.02)
+
+
+def test_only_named_parameters_lose_units():
+    net = MobileNetV1()
+    report = prune(net, X, 0.3, pruned_params=r".*blocks\.([5-9]|1\d)\.pointwise\.weight")
+    assert net.blocks[0].pointwise.out_channels == MobileNetV1().blocks[0].pointwise.out_channels
+    assert all(name.startswith("blocks") for name in report.units)
+
+
+def test_ignored_parameters_keep_their_units():
+    net = ResNet20()
+    prune(net, X, 0.3, ignore=["layer1*"])
+    assert net.layer1[0].conv1.out_channels == 16
+    assert net.layer3[0].conv1.out_channels < 64
+
+
+def test_the_weakest_filters_go_and_ties_keep_the_lower_index():
+    net = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 2, 1, bias=False))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([1.0, -3.0, 1.0, 2.0]).view(4, 1, 1, 1))
+    prune(net, torch.zeros(2, 1, 4, 4), 0.5)
+    assert net[0].weight.flatten().tolist() == [-3.0, 2.0]
+    assert StructurePruner.keep(torch.ones(4), 2).tolist() == [True, True, False, False]
+
+
+def test_residual_branches_agree_by_the_sum_of_their_norms():
+    net = ResNet20()
+    graph = record(forward_probe(net, X))
+    group = next(g for g in graph if len(g.weights) > 4)
+    tensors = dict(net.named_parameters())
+    by_hand = sum(
+        tensors[s.tensor].detach().double().abs().sum((1, 2, 3))
+        for s in group.weights
+        if s.dim == 0 and s.axis.size == group.size
+    )
+    torch.testing.assert_close(StructurePruner().importance(group, tensors).double(), by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_are_never_cut():
+    net = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert [group.name for group in find_groups(net, X)] == ["0"]
+
+
+class Constant(nn.Module):
+    """Its Python holds the width as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).reshape(-1, 12)).relu())
+
+
+def test_a_group_whose_cut_does_not_run_is_frozen_with_the_reason():
+    net = randomize(Constant())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*nearest that can be reached")
+        report = prune(net, torch.randn(5, 8), 0.3, round_to=1)
+    assert net.a.out_features == 12
+    assert net.b.out_features < 16
+    assert any(name == "a.weight" and "does not stand this cut" in reason for name, _, reason in report.frozen)
+    net(torch.randn(3, 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_ratio": 0.0}, "target_ratio is 0.0"),
+        ({"target_ratio": 1.0}, "target_ratio is 1.0"),
+        ({"target_ratio": float("nan")}, "target_ratio is nan"),
+        ({"pruned_params": "layr1*"}, "'layr1\\*' matches none of .* names; nearest: .*layer1"),
+        ({"pruned_params": "fc.*"}, "names nothing that can lose units .*an output"),
+        ({"pruned_params": "re:(["}, "not a valid regular expression"),
+        ({"criterion": "l1norm"}, "did you mean 'l1_norm'"),
+        ({"ignore": ["nothing"]}, "ignore: 'nothing' matches none"),
+        ({"round_to": 0}, "round_to is 0"),
+        ({"min_units": 0}, "min_units is 0"),
+    ],
+)
+def test_bad_arguments_leave_the_model_alone(arguments, message):
+    net = ResNet20()
+    with pytest.raises(CompressionError, match=message):
+        prune(net, X, **arguments)
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in ResNet20().parameters())
+
+
+def test_nan_weights_are_refused_by_name():
+    net = ResNet20()
+    with torch.no_grad():
+        net.layer2[0].conv1.weight[0, 0] = float("nan")
+    with pytest.raises(CompressionError, match=r"layer2\.0\.conv1\.weight holds NaN"):
+        prune(net, X, 0.5)
