@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from lightslim.tables import table
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 after a :class:`CompressionError`, told in one line."""
     options = _parser().parse_args(arguments)
+    # Lightning's use of a deprecated corner of torch is nothing a user can act on.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     try:
         options.command(options)
     except CompressionError as error:

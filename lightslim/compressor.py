@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,10 @@ from lightslim.surgery import CHECKPOINT_KEY
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 Names = Sequence[str | tuple[str, str]]
+
+
+# Since 2.6 Lightning takes the word of its caller on this; before, torch's own safe default holds.
+_SAFE: dict[str, Any] = {"weights_only": True} if "weights_only" in signature(Trainer.fit).parameters else {}
 
 
 class CompressionResult(NamedTuple):
@@ -95,7 +100,7 @@ class Compressor:
     @classmethod
     def from_recipe(cls, recipe: Recipe, out: str | PathLike[str] | None = None) -> "Compressor":
         """Build module and data as the recipe's ``model:`` and ``data:`` sections say, under its seed."""
-        seed_everything(recipe.seed, verbose=False)
+        seed_everything(recipe.seed or 0, verbose=False)
         compressor = cls(recipe.model(), datamodule=recipe.data(), out=out)
         return compressor.config(recipe)
 
@@ -118,6 +123,8 @@ class Compressor:
     def _recipe(self) -> Recipe:
         if self.recipe is None:
             raise CompressionError("no recipe yet: call config(path) first")
+        if self.recipe.epoch is None:
+            raise CompressionError(f"{self.recipe.path} has no compressor section: nothing says how long to train")
         return self.recipe
 
     def run(self, resume: str | PathLike[str] | None = None) -> CompressionResult:
@@ -132,17 +139,19 @@ class Compressor:
         Raises:
             CompressionError: anything that can be known to fail before the first training step.
         """
-        recipe, started = self._recipe, time.time()
+        recipe, started, measurement = self._recipe, time.time(), Measurement()
         strategies = recipe.strategies()
         self._check_teachers(strategies)
         checkpoint = self._checkpoint(resume)
-        rundir.prepare(self.folder, resuming=resume is not None)
-        seed_everything(recipe.seed, verbose=False)
-        self._init_model(recipe.init_model)
-        measurement = Measurement()
-        trainer = self._trainer([measurement, *strategies])
-        rundir.write_recipe(self.folder, recipe.resolved())
-        self._fit(trainer, checkpoint)
+        with rundir.nothing_half_written(self.folder):
+            rundir.prepare(self.folder, self.checkpoints, resuming=resume is not None)
+            seed_everything(recipe.seed or 0, verbose=False)
+            self._init_model(recipe.init_model)
+            trainer = self._trainer([measurement, *strategies])
+            rundir.write_recipe(self.folder, recipe.resolved())
+            self._fit(trainer, checkpoint)
+        if not measurement.after:  # the checkpoint was already at the end: nothing was left to train
+            return CompressionResult(self.module, rundir.read_result(self.folder))
         result = self._result(strategies, measurement, time.time() - started)
         if trainer.is_global_zero:
             rundir.write_result(self.folder, result)
@@ -211,14 +220,14 @@ class Compressor:
         factory = self.train_optimizer
         own = {"configure_optimizers": lambda: factory(self.module.parameters())} if factory else {}
         with replaced(self.module, **own):
-            trainer.fit(self.module, ckpt_path=str(checkpoint) if checkpoint else None, **self.data)
+            trainer.fit(self.module, ckpt_path=str(checkpoint) if checkpoint else None, **_SAFE, **self.data)
 
     def _result(
         self, strategies: Sequence[CompressionStrategy], measured: Measurement, seconds: float
     ) -> dict[str, Any]:
         return {
             "recipe": str(self._recipe.path),
-            "seed": self._recipe.seed,
+            "seed": self._recipe.seed or 0,
             "versions": {name: version(name) for name in ("lightslim", "torch", "pytorch-lightning")},
             "seconds": round(seconds, 2),
             "before": measured.before,

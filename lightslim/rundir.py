@@ -1,8 +1,10 @@
 """A run directory: the resolved recipe, checkpoints, TensorBoard events, exports, and ``result.json``."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,14 @@ from lightslim.errors import CompressionError
 RESULT, RECIPE = "result.json", "recipe.yaml"
 
 
-def prepare(folder: Path, resuming: bool) -> None:
+def prepare(folder: Path, checkpoints: Path, resuming: bool) -> None:
     """Make the folder of a run and make sure it can be written to.
 
     Raises:
-        CompressionError: it cannot be written to, or holds another run that this one is not the continuation of.
+        CompressionError: it cannot be written to, or holds another run that this one does not continue.
     """
-    if not resuming and (folder / RECIPE).exists():
-        raise CompressionError(
-            f"{folder} already holds a run: continue it with --resume auto, or name another with --out"
-        )
+    if not resuming and ((folder / RESULT).exists() or newest_checkpoint(checkpoints)):
+        raise CompressionError(f"{folder} already holds a run: continue it with --resume auto, or name another --out")
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,6 +30,21 @@ def prepare(folder: Path, resuming: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise CompressionError(f"the run directory {folder} cannot be written to: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def nothing_half_written(folder: Path) -> Iterator[None]:
+    """If a CompressionError ends what happens inside, ``folder`` is afterwards as it was before."""
+    existed = folder.exists()
+    before = set(folder.iterdir()) if folder.is_dir() else set()
+    try:
+        yield
+    except CompressionError:
+        for path in set(folder.iterdir()) - before if folder.is_dir() else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if folder.is_dir() and not existed:
+            folder.rmdir()
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """What the ``compressor`` section says: which strategies run, for how long, and whether that order makes sense."""
 
-from collections.abc import Mapping, Sequence
 import sys
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 

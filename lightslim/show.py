@@ -1,6 +1,6 @@
 """Results and checkpoints as text for people."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightslim.loading import read_checkpoint
@@ -60,17 +60,11 @@ def inspection(path: str) -> str:
     for state in checkpoint.get("callbacks", {}).values():
         lines += [_act(record) for record in state.get("history", ())] if isinstance(state, dict) else []
     cuts = [Cut.from_state(state) for state in checkpoint.get(CHECKPOINT_KEY, {}).get("cuts", ())]
-    rows = [row for index, cut in enumerate(cuts, 1) for row in _rows(index, cut)]
-    return "\n".join([*lines, table(("tensor", "cut", "dim", "before", "after"), rows)] if rows else lines)
+    lines += [f"cut {i}: {len({item.tensor for item in cut.slices})} tensors" for i, cut in enumerate(cuts, 1)]
+    return "\n".join(lines)
 
 
 def _act(record: Mapping[str, Any]) -> str:
-    pairs = [(name, *record[name]) for name in ("flops", "params") if name in record]
-    pairs += [(name, *pair) for name, pair in record.get("units", {}).items()]
-    told = ", ".join(f"{name} {number(before)} -> {number(after)}" for name, before, after in pairs)
-    return f"{record['act']} at epoch {record['epoch']}: {told}"
-
-
-def _rows(index: int, cut: Cut) -> Iterator[tuple[str, str, str, str, str]]:
-    for item in cut.slices:
-        yield item.tensor, str(index), str(item.dim), str(item.size), str(len(item.kept))
+    pairs = {name: record[name] for name in ("flops", "params") if name in record} | record.get("units", {})
+    rows = [(name, number(before), number(after)) for name, (before, after) in pairs.items()]
+    return table((f"{record['act']} at epoch {record['epoch']}", "before", "after"), rows)

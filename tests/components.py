@@ -1,0 +1,17 @@
+"""One row per registered component: how to build it so that it acts on the tiny module of ``tiny.py``.
+
+A strategy's row makes a fresh one that acts at epoch 1; a new component without a row fails ``test_components.py``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightslim import StructurePruner, UniformPruneStrategy
+from lightslim.prune import l1_norm
+
+ROWS: dict[tuple[str, str], Callable[[], Any]] = {
+    ("strategy", "UniformPruneStrategy"): lambda: UniformPruneStrategy(target_ratio=0.5, start_epoch=1),
+    ("pruner", "StructurePruner"): lambda: StructurePruner({"*": 0}, {"*": "l1_norm"}),
+    ("criterion", "l1_norm"): lambda: l1_norm,
+}
+
