@@ -35,15 +35,16 @@ def prepare(folder: Path, checkpoints: Path, resuming: bool) -> None:
 @contextlib.contextmanager
 def nothing_half_written(folder: Path) -> Iterator[None]:
     """If a CompressionError ends what happens inside, ``folder`` is afterwards as it was before."""
-    existed = folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     before = set(folder.iterdir()) if folder.is_dir() else set()
     try:
         yield
     except CompressionError:
         for path in set(folder.iterdir()) - before if folder.is_dir() else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if folder.is_dir() and not existed:
-            folder.rmdir()
+        for path in made:
+            with contextlib.suppress(OSError):  # somebody else has put something into it
+                path.rmdir()
         raise
 
 

@@ -103,6 +103,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # Other styles write some line breaks of Unicode as they are, to be read as spaces.
+        return self.represent_scalar(TAG + "str", data, None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
 
 for _kind, (_pattern, _) in SCALARS.items():
     if _kind != "str":
