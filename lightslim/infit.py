@@ -164,7 +164,8 @@ def _averaged_copies(trainer: Trainer) -> Iterator[nn.Module]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average: Any = getattr(callback, "_average_model", None)
         if isinstance(average, nn.Module):
-            yield average.module if isinstance(getattr(average, "module", None), nn.Module) else average
+            wrapped = getattr(average, "module", None)
+            yield wrapped if isinstance(wrapped, nn.Module) else average
 
 
 @contextlib.contextmanager

@@ -129,6 +129,9 @@ def _strategies(document: Document) -> dict[str, Blueprint]:
     built: dict[Blueprint, Any] = {}
     for blueprint in [*pruners.values(), *distillers.values(), *strategies.values()]:
         blueprint.build(built)  # only for the checks in their constructors
+    for blueprint in strategies.values():
+        if not isinstance(built[blueprint], CompressionStrategy):
+            raise (blueprint.where / "class").error(f"{type(built[blueprint]).__name__} is no CompressionStrategy")
     return strategies
 
 

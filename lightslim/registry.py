@@ -83,7 +83,9 @@ class Registry:
         if (kind, name) in self._contested:
             raise CompressionError(_clash(kind, name, self._contested[kind, name]))
         if (kind, name) not in self._entries:
-            raise CompressionError(f"{name!r} is not a known {kind}; {did_you_mean(name, self.names(kind))}{self._lost()}")
+            raise CompressionError(
+                f"{name!r} is not a known {kind}; {did_you_mean(name, self.names(kind))}{self._lost()}"
+            )
         return self._entries[kind, name].component
 
     def _lost(self) -> str:

@@ -68,7 +68,12 @@ def _check_names(names: Sequence[str], strategies: Mapping[str, Blueprint], wher
 def _check_order(listed: Sequence[tuple[CompressionStrategy, Where]], epochs: int) -> None:
     for strategy, where in listed:
         if strategy.start_epoch >= epochs:
-            raise (where / "start_epoch").error(f"is {strategy.start_epoch}, but training ends after {epochs} epochs")
+            message = f"is {strategy.start_epoch}, but training ends after {epochs} epochs: it would never act"
+            raise (where / "start_epoch").error(message)
+    names = [strategy.name for strategy, _ in listed]
+    for index, (strategy, where) in enumerate(listed):
+        if strategy.name in names[:index]:
+            raise (where / "name").error(f"another strategy is named {strategy.name!r} too")
     by_start = sorted(listed, key=lambda entry: entry[0].start_epoch)
     for (strategy, where), (follower, _) in pairwise(by_start):
         if strategy.must_be_last:

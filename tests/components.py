@@ -14,4 +14,3 @@ ROWS: dict[tuple[str, str], Callable[[], Any]] = {
     ("pruner", "StructurePruner"): lambda: StructurePruner({"*": 0}, {"*": "l1_norm"}),
     ("criterion", "l1_norm"): lambda: l1_norm,
 }
-

@@ -71,7 +71,12 @@ def test_config_and_run_return_the_smaller_module_and_the_result(recipe):
     assert (strategy["name"], strategy["class"]) == ("halve", "UniformPruneStrategy")
     assert strategy["history"][0]["epoch"] == 1
     assert set(result) == {"recipe", "seed", "versions", "seconds", "before", "after", "strategies", "exports"}
-    assert {path.name for path in compressor.folder.iterdir()} == {"recipe.yaml", "result.json", "checkpoints", "tensorboard"}
+    assert {path.name for path in compressor.folder.iterdir()} == {
+        "recipe.yaml",
+        "result.json",
+        "checkpoints",
+        "tensorboard",
+    }
 
 
 def test_the_metrics_in_the_result_are_lightnings(recipe):
@@ -120,7 +125,9 @@ def test_train_optimizer_stands_in_for_the_modules_own(recipe):
 def test_arguments_that_cannot_be_meant_are_refused(recipe, arguments, message):
     train, val = loaders()
     with pytest.raises(CompressionError, match=message):
-        Compressor(**{"module": TinyModule(), "train_loader": train, "val_loader": val, **arguments}).config(recipe).run()
+        Compressor(**{"module": TinyModule(), "train_loader": train, "val_loader": val, **arguments}).config(
+            recipe
+        ).run()
     assert not Path("runs/small").exists()
 
 
@@ -135,7 +142,9 @@ def test_without_a_recipe_or_a_schedule_there_is_nothing_to_run(recipe):
 def test_a_pruned_checkpoint_can_be_the_start_of_the_next_run(recipe):
     Compressor(TinyModule("adam"), *loaders()).config(recipe).run()
     (first,) = Path("runs/small/checkpoints").glob("epoch*.ckpt")
-    text = RECIPE.replace("epoch: 3,", f"epoch: 2, init_model: {first},").replace("target_ratio: 0.5", "target_ratio: 0.2")
+    text = RECIPE.replace("epoch: 3,", f"epoch: 2, init_model: {first},").replace(
+        "target_ratio: 0.5", "target_ratio: 0.2"
+    )
     recipe.with_name("second.yaml").write_text(text)
     _, result = Compressor(TinyModule("adam"), *loaders()).config("second.yaml").run()
     one = json.loads(Path("runs/small/result.json").read_text())

@@ -20,7 +20,8 @@ module = TinyModule("adam")
 strategy = UniformPruneStrategy(target_ratio=0.5, start_epoch=1)
 trainer = pl.Trainer(
     accelerator="cpu", devices=2, max_epochs=3, callbacks=[strategy], logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False, strategy=DDPStrategy(process_group_backend="gloo", **options),
+    enable_progress_bar=False, enable_model_summary=False,
+    strategy=DDPStrategy(process_group_backend="gloo", **options),
     default_root_dir=sys.argv[2],
 )
 trainer.fit(module, *loaders())

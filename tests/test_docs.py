@@ -13,7 +13,9 @@ BLOCKS = [(page, language, block) for page in PAGES
 
 @pytest.mark.filterwarnings("ignore:.*val_dataloader.*", "ignore:.*You defined.*", "ignore:asked to remove")
 @pytest.mark.parametrize(
-    ("page", "block"), [(p, b) for p, language, b in BLOCKS if language == "python"], ids=lambda x: getattr(x, "name", "")
+    ("page", "block"),
+    [(p, b) for p, language, b in BLOCKS if language == "python"],
+    ids=lambda x: getattr(x, "name", ""),
 )
 def test_python_blocks_run(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

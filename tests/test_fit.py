@@ -40,7 +40,9 @@ class Witness(pl.Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if trainer.current_epoch == 1 and not self.checked:
-            self.gradients = {n: bool((p.grad.abs() > 1e-6).any()) for n, p in pl_module.named_parameters() if p.grad is not None}
+            self.gradients = {
+                n: bool((p.grad.abs() > 1e-6).any()) for n, p in pl_module.named_parameters() if p.grad is not None
+            }
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.current_epoch == 1 and self.gradients and not self.checked:
@@ -51,14 +53,21 @@ class Witness(pl.Callback):
             self.checked = len(moved)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.5}, {"precision": "bf16-mixed"}],
-                         ids=["plain", "accumulate", "clip", "bf16"])  # fmt: skip
+WAYS = {
+    "plain": {},
+    "accumulate": {"accumulate_grad_batches": 3},
+    "clip": {"gradient_clip_val": 0.5},
+    "bf16": {"precision": "bf16-mixed"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
-def test_training_goes_on_after_the_cut(tmp_path, optimizer, arguments):
+def test_training_goes_on_after_the_cut(tmp_path, optimizer, way):
     pl.seed_everything(0)
     module, witness, strategy = TinyModule(optimizer), Witness(), cut()
     before, types = cost(module.net, X).flops, (type(module), module.training_step.__func__)
-    fit = trainer(tmp_path, strategy, witness, **arguments)
+    fit = trainer(tmp_path, strategy, witness, **WAYS[way])
     fit.fit(module, *loaders())
     assert witness.checked > 10
     assert 1 - cost(module.net, X).flops / before == pytest.approx(0.5, abs=0.01)

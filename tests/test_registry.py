@@ -85,7 +85,9 @@ def test_a_broken_plugin_is_named_and_hurts_nobody(install, kind):
     assert problem.distribution == "slim-broken"
     assert reason in problem.reason
     assert found.names("criterion") == ["l1_norm", "mine"]
-    with pytest.raises(CompressionError, match="'half' is not a known criterion; .*slim_broken of slim-broken did not load"):
+    with pytest.raises(
+        CompressionError, match=r"'half' is not a known criterion; .*slim_broken of slim-broken did not load"
+    ):
         found.get("criterion", "half")
 
 
@@ -122,7 +124,7 @@ def test_one_distribution_seen_twice_is_no_clash(install):
 
 
 def test_without_our_own_entry_point_the_cure_is_named():
-    with pytest.raises(CompressionError, match="not installed.*pip install -e"):
+    with pytest.raises(CompressionError, match=r"not installed.*pip install -e"):
         load([])
 
 

@@ -78,7 +78,7 @@ def test_a_cut_that_does_not_fit_changes_nothing():
     before = copy.deepcopy(net.state_dict())
     good = every_second_unit(net)
     bad = Cut((*good.slices, Slice("head.3.weight", 0, 99, (0, 1))), good.rewrites)
-    with pytest.raises(CompressionError, match="head.3.weight with 99 positions"):
+    with pytest.raises(CompressionError, match=r"head.3.weight with 99 positions"):
         apply(net, bad)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 

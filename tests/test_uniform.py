@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from experiments.models import MobileNetV1, ResNet20
 from nets import randomize
 from torch import nn
 
+from experiments.models import MobileNetV1, ResNet20
 from lightslim import CompressionError, StructurePruner
 from lightslim.cost import cost
 from lightslim.graph import record
