@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
@@ -199,8 +200,25 @@ def captured_log(module: nn.Module) -> Iterator[Log]:
     def log_many(values: Mapping[str, Any], *_: Any, **__: Any) -> None:
         log.update(values)
 
-    with replaced(module, log=log_one, log_dict=log_many) if hasattr(module, "log") else contextlib.nullcontext():
+    if not hasattr(module, "log"):
         yield log
+        return
+    with replaced(module, log=log_one, log_dict=log_many), _muted(getattr(module, "_trainer", None)):
+        yield log
+
+
+@contextlib.contextmanager
+def _muted(trainer: Any) -> Iterator[None]:
+    """What the step says to ``self.logger`` goes nowhere."""
+    loggers = getattr(trainer, "loggers", None)
+    if not loggers:
+        yield
+        return
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 class _NoOptimizer:

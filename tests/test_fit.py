@@ -183,8 +183,10 @@ def test_a_trainer_without_our_callbacks_gives_the_run_it_gave_before_import(tmp
     assert "0x" in runs[0]
 
 
-HOOKS = ["setup", "on_fit_start", "on_sanity_check_end", "on_train_start", "on_train_epoch_start", "on_train_batch_start",
-         "on_before_optimizer_step", "on_train_batch_end", "on_validation_start", "on_train_end"]  # fmt: skip
+HOOKS = (
+    "setup on_fit_start on_sanity_check_end on_train_start on_train_epoch_start on_train_batch_start "
+    "on_before_optimizer_step on_train_batch_end on_validation_start on_train_end"
+).split()
 
 
 @pytest.mark.parametrize("hook", [*HOOKS, None])
@@ -248,6 +250,38 @@ def test_averaged_copies_are_cut_with_the_model(tmp_path):
     module, average = TinyModule("adam"), EMAWeightAveraging()
     trainer(tmp_path, cut(), average).fit(module, *loaders())
     assert sum(p.numel() for p in module.parameters()) < sum(p.numel() for p in TinyModule().parameters())
+
+
+class TalksToItsLogger(TinyModule):
+    def training_step(self, batch, batch_idx):
+        self.logger.experiment.add_scalar("mine", 1.0, self.global_step)
+        return super().training_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self):
+        self.logger.experiment.add_scalar("mine_too", 1.0, self.global_step)
+
+
+def test_looking_at_the_model_says_nothing_to_its_logger(tmp_path):
+    from pytorch_lightning.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    counts = []
+    for callbacks in ([], [cut()]):
+        folder = tmp_path / str(len(counts))
+        train, val = loaders()
+        trainer(folder, *callbacks, logger=TensorBoardLogger(folder, version=0)).fit(TalksToItsLogger(), train, val)
+        events = EventAccumulator(str(folder / "lightning_logs" / "version_0")).Reload()
+        counts.append([len(events.Scalars("mine")), len(events.Scalars("mine_too"))])
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.slow
+def test_a_submodule_compiled_in_place_is_cut(tmp_path):
+    module = TinyModule()
+    module.net.compile(backend="aot_eager")
+    trainer(tmp_path, cut()).fit(module, *loaders())
+    assert module.net.stem[0].out_channels < 16
+    assert sum(module.losses[-3:]) < sum(module.losses[:3])
 
 
 class LogsAtEpochEnd(TinyModule):

@@ -37,7 +37,8 @@ BAD = {
     "seed": (("epoch: 10", "epoch: 10\n  seed: 5000000000"), 12, "compressor.seed", "at most 4294967295"),
     "both names": ("compress_pass: {epoch: 1}", 10, "compress_pass", "another word"),
     "no strategy": (
-        ("{class: Quant", "{class: 'recipe_toys:Distiller'}\n  q: {class: Quant"), 9, "strategies.quantize.class", "is no",
+        ("{class: Quant", "{class: 'recipe_toys:Distiller'}\n  q: {class: Quant"),
+        9, "strategies.quantize.class", "is no CompressionStrategy",
     ),
     "one name": (("quantize: {", "quantize: {name: halve, "), 9, "strategies.quantize.name", "another strategy"),
     "order": (("start_epoch: 2", "start_epoch: 7"), 9, "strategies.quantize", "must be the last to act, but 'halve'"),

@@ -96,4 +96,5 @@ def units_report(graph: Graph, kept: Kept) -> dict[str, tuple[int, int]]:
 
 def frozen_report(graph: Graph) -> tuple[tuple[str, int, str], ...]:
     """What cannot lose units, and why."""
-    return tuple((group.tensors[0], group.size, group.reason) for group in graph.frozen)
+    frozen = [(group.tensors[0], group.size, group.reason) for group in graph.frozen]
+    return (*frozen, *((name, 0, "no step uses it") for name in graph.unreached))
