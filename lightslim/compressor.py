@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from inspect import signature
 from os import PathLike
@@ -101,8 +101,11 @@ class Compressor:
     def from_recipe(cls, recipe: Recipe, out: str | PathLike[str] | None = None) -> "Compressor":
         """Build module and data as the recipe's ``model:`` and ``data:`` sections say, under its seed."""
         seed_everything(recipe.seed or 0, verbose=False)
-        compressor = cls(recipe.model(), datamodule=recipe.data(), out=out)
-        return compressor.config(recipe)
+        module, data = recipe.model(), recipe.data()
+        for section, built in (("model", module), ("data", data)):
+            if built is None:
+                raise CompressionError(f"{recipe.path} has no {section} section: nothing to run it on")
+        return cls(module, datamodule=data, out=out).config(recipe)
 
     def config(self, recipe: str | PathLike[str] | Recipe) -> "Compressor":
         """Take a recipe: a YAML file or a :class:`Recipe`."""
@@ -207,7 +210,9 @@ class Compressor:
         arguments = self._arguments()
         saver = ModelCheckpoint(self.checkpoints, "{epoch}", save_last=True, save_on_train_epoch_end=True)
         own = [*callbacks, CompressionMonitor(), *([saver] if arguments.get("enable_checkpointing", True) else [])]
-        arguments.setdefault("logger", TensorBoardLogger(self.folder, name="", version="tensorboard"))
+        arguments.setdefault(
+            "logger", TensorBoardLogger(self.folder, name="", version="tensorboard", default_hp_metric=False)
+        )
         return Trainer(
             **{
                 "default_root_dir": self.folder,
@@ -219,7 +224,7 @@ class Compressor:
     def _fit(self, trainer: Trainer, checkpoint: Path | None) -> None:
         factory = self.train_optimizer
         own = {"configure_optimizers": lambda: factory(self.module.parameters())} if factory else {}
-        with replaced(self.module, **own):
+        with replaced(self.module, **own), _missing_files_said(trainer):
             trainer.fit(self.module, ckpt_path=str(checkpoint) if checkpoint else None, **_SAFE, **self.data)
 
     def _result(
@@ -267,6 +272,17 @@ class _Fetches(Callback):
             logged = logged_names(trainer, pl_module, probe_of(trainer, pl_module))
             for name in self.fetch_list.values():
                 check_metric(name, logged, "fetch_list")
+
+
+@contextlib.contextmanager
+def _missing_files_said(trainer: Trainer) -> Iterator[None]:
+    """Data that is not where it should be, found out before the first step, is the user's to mend: no traceback."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if trainer.global_step:
+            raise
+        raise CompressionError(str(error)) from error
 
 
 def _loaders(train: Any, val: Any) -> dict[str, Any]:

@@ -13,4 +13,10 @@ hookimpl = pluggy.HookimplMarker("lightslim")
 
 @hookspec
 def lightslim_register(registry: "Registry") -> None:
-    """Add components to ``registry``: ``registry.add(kind, component, name=None)``."""
+    """Add components to ``registry``: ``registry.add(kind, component, name=None)``.
+
+    Example:
+        >>> @hookimpl
+        ... def lightslim_register(registry):
+        ...     registry.add("criterion", my_criterion)
+    """

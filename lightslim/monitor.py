@@ -12,7 +12,8 @@ from lightslim.strategy import strategies_of
 class CompressionMonitor(Callback):
     """Logs every record of every strategy: FLOPs, parameters, units kept per layer, metrics before and after the act.
 
-    Scalars go to all of the Trainer's loggers, under ``lightslim/``; a table of each act goes to those that take text.
+    Scalars go to all of the Trainer's loggers, under ``lightslim/``, as steps over the whole run; a table of each act
+    goes to those that take text.
 
     Example:
         >>> CompressionMonitor().shown
@@ -21,6 +22,7 @@ class CompressionMonitor(Callback):
 
     def __init__(self) -> None:
         self.shown: dict[str, int] = {}
+        self._now: dict[str, float] = {}
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -30,33 +32,56 @@ class CompressionMonitor(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._show(trainer)
 
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _scalars(trainer, self._now, trainer.global_step)
+
     def _show(self, trainer: Trainer) -> None:
         for strategy in strategies_of(trainer):
             for record in strategy.history[self.shown.get(strategy.state_key, 0) :]:
-                for logger in trainer.loggers:
-                    _write(logger, strategy.name, record)
+                self._draw(trainer, record)
+                _text(trainer, strategy.name, record)
             self.shown[strategy.state_key] = len(strategy.history)
 
+    def _draw(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
+        """A stair: level from the start (or the last act) to the step before, then the new level."""
+        lasting = {tag: pair for tag, *pair in _lasting(record)}
+        before = {tag: pair[0] for tag, pair in lasting.items()}
+        _scalars(trainer, {tag: value for tag, value in before.items() if tag not in self._now}, 0)
+        self._now |= {tag: pair[1] for tag, pair in lasting.items()}
+        measured = {tag: pair for tag, *pair in _measured(record)}
+        _scalars(trainer, before | {tag: pair[0] for tag, pair in measured.items()}, max(record["step"] - 1, 0))
+        _scalars(trainer, self._now | {tag: pair[1] for tag, pair in measured.items()}, record["step"])
 
-def _write(logger: Any, name: str, record: Mapping[str, Any]) -> None:
-    step = record["step"]
-    for tag, before, after in _pairs(record):
-        logger.log_metrics({f"lightslim/{tag}": before}, step=max(step - 1, 0))
-        logger.log_metrics({f"lightslim/{tag}": after}, step=step)
-    experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(experiment, "add_text"):
-        experiment.add_text(f"lightslim/{name}", markdown(record), step)
+
+def _scalars(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
+    for logger in trainer.loggers if values else ():
+        logger.log_metrics({f"lightslim/{tag}": value for tag, value in values.items()}, step=step)
 
 
-def _pairs(record: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """Everything a record holds in a before-and-after form, with its tag."""
+def _text(trainer: Trainer, name: str, record: Mapping[str, Any]) -> None:
+    for logger in trainer.loggers:
+        experiment: Any = getattr(logger, "experiment", None)
+        if hasattr(experiment, "add_text"):
+            experiment.add_text(f"lightslim/{name}", markdown(record), record["step"])
+
+
+Change = tuple[str, float, float]
+
+
+def _lasting(record: Mapping[str, Any]) -> Iterator[Change]:
+    """What the act changed for good: tag, before, after."""
     for key in ("flops", "params"):
         if key in record:
             yield (key, *record[key])
     for layer, (before, after) in record.get("units", {}).items():
         yield f"units/{layer}", before, after
+
+
+def _measured(record: Mapping[str, Any]) -> Iterator[Change]:
+    """What was measured right before and right after the act."""
     metrics = record.get("metrics", {"before": {}, "after": {}})
-    for name in metrics["before"].keys() & metrics["after"].keys():
+    for name in sorted(metrics["before"].keys() & metrics["after"].keys()):
         yield f"at_act/{name}", metrics["before"][name], metrics["after"][name]
 
 
@@ -71,7 +96,8 @@ def markdown(record: Mapping[str, Any]) -> str:
         |---|---:|---:|
         | flops | 100 | 50 |
     """
-    rows = [f"| {tag} | {before:,} | {after:,} |" for tag, before, after in _pairs(record)]
+    changes = [*_lasting(record), *_measured(record)]
+    rows = [f"| {tag} | {before:,} | {after:,} |" for tag, before, after in changes]
     return "\n".join(
         [f"**{record['act']}**, epoch {record['epoch']}", "", "| | before | after |", "|---|---:|---:|", *rows]
     )

@@ -35,16 +35,19 @@ class Problem:
     distribution: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.plugin} of {self.distribution}: {self.reason}"
+
 
 class Registry:
     """Components by kind and name.
 
     Args:
         distribution: the package whose components are being added.
-        version: its version.
+        version: the version of that package.
 
     Attributes:
-        problems: plugins that did not load, and names that two packages claim.
+        problems: plugins that did not load, and names that more than one of them claims.
 
     Example:
         >>> found = Registry()
@@ -53,12 +56,11 @@ class Registry:
         True
     """
 
-    def __init__(self, distribution: str = "", version: str = "") -> None:
+    def __init__(self, distribution: str = "this program", version: str = "") -> None:
         self.distribution = distribution
         self.version = version
         self.problems: list[Problem] = []
-        self._entries: dict[tuple[str, str], Entry] = {}
-        self._contested: dict[tuple[str, str], set[str]] = {}
+        self._claims: dict[tuple[str, str], list[Entry]] = {}  # more than one: nobody gets the name
 
     def add(self, kind: str, component: Any, name: str | None = None) -> None:
         """Add a component under ``name`` (default: its own).
@@ -69,50 +71,49 @@ class Registry:
         if kind not in KINDS:
             raise CompressionError(f"{kind!r} is not a kind of component; {did_you_mean(kind, KINDS)}")
         entry = Entry(kind, name or component.__name__, component, self.distribution, self.version)
-        taken = self._entries.get((kind, entry.name))
-        if taken is not None:
-            raise CompressionError(_clash(kind, entry.name, {taken.distribution, entry.distribution}))
-        self._entries[kind, entry.name] = entry
+        claims = self._claims.setdefault((kind, entry.name), [])
+        if claims:
+            owner = claims[0].distribution
+            raise CompressionError(f"{self.distribution} adds the {kind} {entry.name!r}, but {owner} already has")
+        claims.append(entry)
 
     def get(self, kind: str, name: str) -> Any:
         """The component of that name.
 
         Raises:
-            CompressionError: there is none, or two packages claim the name.
+            CompressionError: there is none, or more than one plugin claims the name.
         """
-        if (kind, name) in self._contested:
-            raise CompressionError(_clash(kind, name, self._contested[kind, name]))
-        if (kind, name) not in self._entries:
-            raise CompressionError(
-                f"{name!r} is not a known {kind}; {did_you_mean(name, self.names(kind))}{self._lost()}"
-            )
-        return self._entries[kind, name].component
-
-    def _lost(self) -> str:
-        told = "; ".join(f"{p.plugin} of {p.distribution} did not load: {p.reason}" for p in self.problems)
-        return f" ({told})" if told else ""
+        claims = self._claims.get((kind, name), [])
+        if not claims:
+            # A plugin that failed may have been meant to bring it.
+            lost = "".join(f" (not taken in: {problem})" for problem in self.problems)
+            raise CompressionError(f"{name!r} is not a known {kind}; {did_you_mean(name, self.names(kind))}{lost}")
+        if len(claims) > 1:
+            raise CompressionError(_clash(claims))
+        return claims[0].component
 
     def names(self, kind: str) -> list[str]:
         """The names of one kind, sorted."""
-        return sorted(name for of_kind, name in self._entries if of_kind == kind)
+        return sorted(name for of_kind, name in self._claims if of_kind == kind)
 
     def entries(self) -> list[Entry]:
-        """All components, by kind and name."""
-        return [self._entries[key] for key in sorted(self._entries)]
+        """All components, by kind and name; a name in dispute is there once for each who claims it."""
+        return [entry for key in sorted(self._claims) for entry in self._claims[key]]
 
-    def merge(self, plugin: str, other: "Registry") -> None:
-        """Take in what one plugin added; a name that both hold becomes unusable, whichever came first."""
-        for key, entry in other._entries.items():
-            taken = self._entries.setdefault(key, entry)
-            if taken is not entry:
-                claimed = self._contested.setdefault(key, {taken.distribution})
-                claimed.add(entry.distribution)
-                self.problems.append(Problem(plugin, entry.distribution, _clash(*key, claimed)))
+    def merge(self, plugin: str, brought: "Registry") -> None:
+        """Take in what one plugin brought; a name that is claimed already becomes unusable, whoever came first."""
+        for key, entries in brought._claims.items():
+            claims = self._claims.setdefault(key, [])
+            claims.extend(entries)
+            if len(claims) > 1:
+                self.problems.append(Problem(plugin, brought.distribution, _clash(claims)))
 
 
-def _clash(kind: str, name: str, distributions: Iterable[str]) -> str:
-    claims = " and ".join(sorted(distributions))
-    return f"{claims} both bring the {kind} {name!r}: uninstall one, or name a plugin in {DISABLED}"
+def _clash(claims: list[Entry]) -> str:
+    first, last = claims[0], claims[-1]  # the first may be ours, so the cure names the last
+    owners = " and ".join(sorted({entry.distribution for entry in claims}))
+    cure = f"uninstall one or disable it, as in {DISABLED}={last.distribution}"
+    return f"the {first.kind} {first.name!r} is claimed more than once, by {owners}: {cure}"
 
 
 @functools.cache
@@ -127,32 +128,40 @@ def registry() -> Registry:
 
 def load(points: Iterable[EntryPoint]) -> Registry:
     """Load plugins one at a time: one that breaks is reported, adds nothing, and hurts nobody else."""
-    found = Registry()
-    disabled = {name.strip() for name in os.environ.get(DISABLED, "").split(",")}
-    # An editable install may be listed twice.
-    unique = {(_distribution(point)[0], point.name, point.value): point for point in points}
-    for key in sorted(unique, key=lambda key: (key[1] != "builtin", key)):
-        if not {key[0], key[1]} & disabled:
-            _load_one(found, unique[key])
-    if not any(key[1] == "builtin" for key in unique):
+    # Ours first and the rest by name, so that what is reported doesn't depend on the order of sys.path.
+    points = sorted(points, key=lambda point: (point.name != "builtin", point.name, _source(point)))
+    if not any(point.name == "builtin" for point in points):
         raise CompressionError("lightslim is not installed, its own components cannot be found: pip install -e .")
+    disabled = {name.strip() for name in os.environ.get(DISABLED, "").split(",")}
+    found = Registry()
+    for point in points:
+        if not {point.name, _source(point)[0]} & disabled:
+            _load_one(found, point)
     return found
 
 
 def _load_one(found: Registry, point: EntryPoint) -> None:
-    distribution, version = _distribution(point)
-    brought = Registry(distribution, version)
+    brought = Registry(*_source(point))
     try:
-        manager = pluggy.PluginManager("lightslim")
-        manager.add_hookspecs(hooks)
-        manager.register(point.load(), point.name)
-        manager.check_pending()
-        manager.hook.lightslim_register(registry=brought)
+        _call(point, brought)
     except (Exception, SystemExit) as error:  # a plugin is foreign code: anything may happen
-        found.problems.append(Problem(point.name, distribution, f"{type(error).__name__}: {error}"))
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # pluggy's messages have several lines
+        found.problems.append(Problem(point.name, brought.distribution, reason))
     else:
         found.merge(point.name, brought)
 
 
-def _distribution(point: EntryPoint) -> tuple[str, str]:
+def _call(point: EntryPoint, brought: Registry) -> None:
+    """Let one plugin add its components, under a manager of its own."""
+    manager = pluggy.PluginManager("lightslim")
+    manager.add_hookspecs(hooks)
+    manager.register(point.load(), point.name)
+    manager.check_pending()
+    if not manager.hook.lightslim_register.get_hookimpls():
+        raise CompressionError("it has no lightslim_register marked with @hookimpl")
+    manager.hook.lightslim_register(registry=brought)
+
+
+def _source(point: EntryPoint) -> tuple[str, str]:
+    """The name and version of the distribution that a plugin comes with."""
     return (point.dist.name, point.dist.version) if point.dist else ("unknown", "")

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightslim.errors import CompressionError
+from lightslim.recipe.yamlnodes import dump
 
 RESULT, RECIPE = "result.json", "recipe.yaml"
 
@@ -63,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_recipe(folder: Path, resolved: Mapping[str, Any]) -> None:
     """Keep the recipe as it was run, includes and overrides resolved."""
-    write_text(folder / RECIPE, yaml.safe_dump(dict(resolved), sort_keys=False, allow_unicode=True))
+    write_text(folder / RECIPE, dump(dict(resolved)))
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:

@@ -6,10 +6,9 @@ from typing import ClassVar, Literal
 import pytest
 import pytorch_lightning as pl
 
-from lightslim import drafts
 from lightslim.errors import CompressionError
 from lightslim.prune import StructurePruner, UniformPruneStrategy, l1_norm
-from lightslim.recipe import Recipe
+from lightslim.recipe import Recipe, drafts
 from lightslim.registry import Registry
 from lightslim.strategy import CompressionStrategy
 

@@ -5,11 +5,11 @@ from typing import Any, Literal, NewType, Protocol, TypedDict, TypeVar
 
 import pytest
 
-from lightslim.arguments import bind
-from lightslim.blueprint import Blueprint, imported, realize
 from lightslim.errors import CompressionError
-from lightslim.hints import describe, fit
-from lightslim.places import Where
+from lightslim.recipe.arguments import bind
+from lightslim.recipe.blueprint import Blueprint, imported, realize
+from lightslim.recipe.hints import describe, fit
+from lightslim.recipe.places import Where
 
 T = TypeVar("T")
 Ratio = NewType("Ratio", float)

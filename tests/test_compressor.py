@@ -32,9 +32,14 @@ import pytorch_lightning as pl
 from tiny import loaders
 
 class Quadrants(pl.LightningDataModule):
-    def __init__(self, batch_size: int = 16):
+    def __init__(self, batch_size: int = 16, folder: str | None = None):
         super().__init__()
+        self.folder = folder
         self.batch_size = batch_size
+
+    def setup(self, stage):
+        if self.folder:
+            open(self.folder)
 
     def train_dataloader(self):
         return loaders(self.batch_size)[0]
@@ -50,6 +55,7 @@ def recipe(tmp_path, monkeypatch):
     (tmp_path / "tinydata.py").write_text(DATA)
     path = tmp_path / "small.yaml"
     path.write_text(RECIPE)
+    path.with_name("no_model.yaml").write_text("compressor: {epoch: 1, strategies: []}")
     monkeypatch.delitem(sys.modules, "tinydata", raising=False)
     return path
 
@@ -93,8 +99,9 @@ def test_tensorboard_tells_the_story(recipe):
     _, result = compressor.config(recipe).run()
     events = EventAccumulator(str(compressor.folder / "tensorboard")).Reload()
     tags = events.Tags()["scalars"]
-    flops = [event.value for event in events.Scalars("lightslim/flops")]
-    assert flops == [result["before"]["flops"], result["after"]["flops"]]
+    flops = [(event.step, event.value) for event in events.Scalars("lightslim/flops")]
+    steps, (large, small) = len(loaders()[0]), (result[when]["flops"] for when in ("before", "after"))
+    assert flops == [(0, large), (steps - 1, large), (steps, small), (3 * steps, small)]
     assert {"lightslim/params", "lightslim/units/net.stem.0", "lightslim/at_act/val_acc", "val_acc"} <= set(tags)
     assert "lightslim/halve/text_summary" in events.Tags()["tensors"]
 
@@ -189,6 +196,8 @@ BAD = [
     (["run", "small.yaml", "--set", "strategies.halve.pruned_params=nett.*"], "matches none"),
     (["run", "small.yaml", "--set", "model.class=tiny:TinyModul"], "did you mean 'TinyModule'"),
     (["run", "small.yaml", "--set", "data.batchsize=3"], "did you mean 'batch_size'"),
+    (["run", "small.yaml", "--set", "data.folder=nowhere"], "nowhere"),
+    (["run", "no_model.yaml"], "no model section"),
     (["run", "small.yaml", "--out", "small.yaml"], "cannot be written"),
     (["run", "small.yaml", "--out", "/proc/lightslim"], "cannot be written"),
     (["run", "small.yaml", "--resume", "nothing.ckpt"], "no such checkpoint"),

@@ -183,10 +183,18 @@ def test_a_trainer_without_our_callbacks_gives_the_run_it_gave_before_import(tmp
     assert "0x" in runs[0]
 
 
-HOOKS = (
-    "setup on_fit_start on_sanity_check_end on_train_start on_train_epoch_start on_train_batch_start "
-    "on_before_optimizer_step on_train_batch_end on_validation_start on_train_end"
-).split()
+HOOKS = [
+    "setup",
+    "on_fit_start",
+    "on_sanity_check_end",
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_train_end",
+]
 
 
 @pytest.mark.parametrize("hook", [*HOOKS, None])

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightslim.errors import CompressionError
-from lightslim.yamlfile import parse, read
-from lightslim.yamlnodes import dump
+from lightslim.recipe.yamlfile import parse, read
+from lightslim.recipe.yamlnodes import dump
 
 SCALARS = {
     "true": True, "False": False, "no": "no", "off": "off", "yes": "yes", "y": "y",

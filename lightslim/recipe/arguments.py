@@ -7,8 +7,8 @@ from inspect import Parameter
 from typing import Any
 
 from lightslim.errors import did_you_mean
-from lightslim.hints import Named, fit
-from lightslim.places import Where
+from lightslim.recipe.hints import Named, fit
+from lightslim.recipe.places import Where
 
 _BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from lightslim.errors import CompressionError
-from lightslim.places import Keys, Place, Places, Where
-from lightslim.yamlnodes import SCALARS, TAG, compose
+from lightslim.recipe.places import Keys, Place, Places, Where
+from lightslim.recipe.yamlnodes import SCALARS, TAG, compose
 
 BYTES = 1_000_000
 
@@ -71,7 +71,7 @@ def parse(text: str, source: str, headings: Collection[str] = (), numbered: bool
     Args:
         text: one YAML document.
         source: its name in messages.
-        headings: top-level keys that may stand one space too far right, see :func:`lightslim.yamlnodes.compose`.
+        headings: top-level keys that may stand one space too far right, see :func:`lightslim.recipe.yamlnodes.compose`.
         numbered: whether places have lines.
 
     Raises:

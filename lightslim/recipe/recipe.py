@@ -15,14 +15,14 @@ from typing import Any
 
 from pytorch_lightning import Trainer
 
-from lightslim.arguments import bind
-from lightslim.blueprint import Blueprint, importable, realize
-from lightslim.drafts import drafted, instance, instances, section
-from lightslim.hints import fit
-from lightslim.schedule import SECTIONS, schedule
-from lightslim.sources import gather
+from lightslim.recipe.arguments import bind
+from lightslim.recipe.blueprint import Blueprint, importable, realize
+from lightslim.recipe.drafts import drafted, instance, instances, section
+from lightslim.recipe.hints import fit
+from lightslim.recipe.schedule import SECTIONS, schedule
+from lightslim.recipe.sources import gather
+from lightslim.recipe.yamlfile import Document
 from lightslim.strategy import CompressionStrategy
-from lightslim.yamlfile import Document
 
 _OBJECTS = ("model", "teacher", "data")
 _SECTIONS = ("pruners", "distillers", "strategies", *_OBJECTS, "trainer", *SECTIONS)

@@ -11,9 +11,9 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from lightslim.blueprint import Blueprint
 from lightslim.errors import CompressionError, did_you_mean
-from lightslim.places import Where
+from lightslim.recipe.blueprint import Blueprint
+from lightslim.recipe.places import Where
 
 Named = Mapping[str, Blueprint]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lightslim.errors import CompressionError, did_you_mean
-from lightslim.hints import fit
-from lightslim.places import Place, Where
-from lightslim.yamlfile import Document, parse, read
+from lightslim.recipe.hints import fit
+from lightslim.recipe.places import Place, Where
+from lightslim.recipe.yamlfile import Document, parse, read
 
 
 def gather(path: str | PathLike[str], sections: Sequence[str], overrides: Sequence[str] = ()) -> Document:

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from lightslim.arguments import bind
-from lightslim.blueprint import Blueprint
-from lightslim.drafts import section
 from lightslim.errors import did_you_mean
-from lightslim.places import Where
+from lightslim.recipe.arguments import bind
+from lightslim.recipe.blueprint import Blueprint
+from lightslim.recipe.drafts import section
+from lightslim.recipe.places import Where
+from lightslim.recipe.yamlfile import Document
 from lightslim.strategy import CompressionStrategy
-from lightslim.yamlfile import Document
 
 SECTIONS = ("compressor", "compress_pass")
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from lightslim.arguments import bind, takes
-from lightslim.blueprint import Blueprint, imported
 from lightslim.errors import CompressionError
-from lightslim.hints import Named, fit
-from lightslim.places import Where
+from lightslim.recipe.arguments import bind, takes
+from lightslim.recipe.blueprint import Blueprint, imported
+from lightslim.recipe.hints import Named, fit
+from lightslim.recipe.places import Where
+from lightslim.recipe.yamlfile import Document
 from lightslim.registry import registry
-from lightslim.yamlfile import Document
 
 
 def section(document: Document, name: str) -> dict[Any, Any]:
