@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightslim import rundir
@@ -105,11 +106,15 @@ class Compressor:
         for section, built in (("model", module), ("data", data)):
             if built is None:
                 raise CompressionError(f"{recipe.path} has no {section} section: nothing to run it on")
-        return cls(module, datamodule=data, out=out).config(recipe)
+        teacher = recipe.teacher()
+        return cls(module, datamodule=data, teachers=[teacher] if teacher else (), out=out).config(recipe)
 
     def config(self, recipe: str | PathLike[str] | Recipe) -> "Compressor":
         """Take a recipe: a YAML file or a :class:`Recipe`."""
         self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
+        if self.recipe.unlisted:
+            names = ", ".join(self.recipe.unlisted)
+            rank_zero_warn(f"{self.recipe.path}: {names} not listed under compressor.strategies, will not run")
         return self
 
     @property

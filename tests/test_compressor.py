@@ -146,6 +146,12 @@ def test_without_a_recipe_or_a_schedule_there_is_nothing_to_run(recipe):
         Compressor(TinyModule(), *loaders()).config(recipe).run()
 
 
+def test_a_strategy_that_is_not_listed_is_said_not_to_run(recipe):
+    recipe.write_text(RECIPE.replace("strategies: [halve]", "strategies: []"))
+    with pytest.warns(UserWarning, match="halve not listed under compressor.strategies"):
+        Compressor(TinyModule(), *loaders()).config(recipe)
+
+
 def test_a_pruned_checkpoint_can_be_the_start_of_the_next_run(recipe):
     Compressor(TinyModule("adam"), *loaders()).config(recipe).run()
     (first,) = Path("runs/small/checkpoints").glob("epoch*.ckpt")
