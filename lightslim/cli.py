@@ -70,7 +70,7 @@ def _plugins(options: argparse.Namespace) -> None:
     rows = [(entry.name, entry.kind, entry.distribution, entry.version) for entry in found.entries()]
     print(table(("name", "kind", "distribution", "version"), rows, left=4))
     for problem in found.problems:
-        print(f"not loaded: {problem.plugin} of {problem.distribution}: {problem.reason}", file=sys.stderr)
+        print(f"not taken in: {problem}", file=sys.stderr)
 
 
 def _compare(options: argparse.Namespace) -> None:

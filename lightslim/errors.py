@@ -21,7 +21,7 @@ def nearest(name: str, choices: Iterable[str], count: int = 5) -> list[str]:
     """The choices most like ``name``, best first; an empty list when nothing comes close.
 
     Example:
-        >>> nearest("target_ratoi", ["target_ratio", "start_epoch"])
+        >>> nearest("target_ratoi", ["target_ratio", "name"])
         ['target_ratio']
     """
     return difflib.get_close_matches(name, list(choices), n=count, cutoff=0.5)

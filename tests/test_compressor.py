@@ -141,7 +141,7 @@ def test_arguments_that_cannot_be_meant_are_refused(recipe, arguments, message):
 def test_without_a_recipe_or_a_schedule_there_is_nothing_to_run(recipe):
     with pytest.raises(CompressionError, match="call config"):
         Compressor(TinyModule(), *loaders()).run()
-    recipe.write_text("strategies: {halve: {class: UniformPruneStrategy}}")
+    recipe.write_text("pruners: {by_l1: {class: StructurePruner}}")
     with pytest.raises(CompressionError, match="no compressor section"):
         Compressor(TinyModule(), *loaders()).config(recipe).run()
 
