@@ -44,18 +44,29 @@ def refuse_sharded(trainer: Trainer) -> None:
 
 
 def probe_of(trainer: Trainer, module: LightningModule) -> Probe:
-    """A probe that runs the module's steps on a few samples of its validation (else training) data."""
-    loader = _first(trainer.val_dataloaders) or _first(trainer.train_dataloader)
-    if loader is None:
+    """A probe that runs the module's steps on a few samples of its own data."""
+    val, train = _sample(trainer, _first(trainer.val_dataloaders)), _sample(trainer, trainer.train_dataloader)
+    if val is None and train is None:
         raise CompressionError("there is no data to look at the model with: the Trainer has no dataloader")
-    batch = trainer.strategy.batch_to_device(sample_batch(loader))
-    return step_probe(module, batch, trainer.precision_plugin.val_step_context)
+    return step_probe(module, val, train, trainer.precision_plugin.val_step_context)
 
 
 def _first(loaders: Any) -> Any:
     if isinstance(loaders, dict):
         loaders = list(loaders.values())
     return (loaders[0] if loaders else None) if isinstance(loaders, (list, tuple)) else loaders
+
+
+def _sample(trainer: Trainer, loaders: Any) -> Any:
+    """A small batch in the form that a step gets it: several training loaders make a list or a dict of batches."""
+    if loaders is None:
+        return None
+    if isinstance(loaders, dict):
+        batch: Any = {name: sample_batch(loader) for name, loader in loaders.items()}
+    else:
+        several = isinstance(loaders, (list, tuple))
+        batch = [sample_batch(loader) for loader in loaders] if several else sample_batch(loaders)
+    return trainer.strategy.batch_to_device(batch)
 
 
 def logged_names(trainer: Trainer, module: LightningModule, probe: Probe) -> set[str]:

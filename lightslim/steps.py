@@ -63,16 +63,24 @@ def forward_probe(module: nn.Module, example_inputs: Any) -> Probe:
     return Probe(module, call, call)
 
 
-def step_probe(module: nn.Module, batch: Any, context: Context = contextlib.nullcontext) -> Probe:
-    """A probe that runs a LightningModule's own ``validation_step`` and ``training_step``, else ``forward``."""
-    training = _step(module, "training_step", batch)
-    evaluation = _step(module, "validation_step", batch)
+def step_probe(module: nn.Module, val_batch: Any, train_batch: Any, context: Context = contextlib.nullcontext) -> Probe:
+    """A probe that runs a LightningModule's own ``validation_step`` and ``training_step``, else ``forward``.
+
+    Args:
+        module: the module.
+        val_batch: what its validation data yields; None if there is none.
+        train_batch: what its training data yields; None if there is none.
+        context: what each step runs in.
+    """
+    training = _step(module, "training_step", train_batch)
+    evaluation = _step(module, "validation_step", val_batch)
+    batch = train_batch if evaluation is None and train_batch is not None else val_batch
     forward = forward_probe(module, batch[0] if isinstance(batch, (tuple, list)) else batch).evaluate
     return Probe(module, evaluation or training or forward, training, context, batch_size_of(batch))
 
 
 def _step(module: nn.Module, name: str, batch: Any) -> Callable[[], Any] | None:
-    if not overrides(module, name):
+    if batch is None or not overrides(module, name):
         return None
     return lambda: call_step(getattr(module, name), batch, 0)
 

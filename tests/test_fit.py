@@ -260,6 +260,28 @@ def test_averaged_copies_are_cut_with_the_model(tmp_path):
     assert sum(p.numel() for p in module.parameters()) < sum(p.numel() for p in TinyModule().parameters())
 
 
+class TwoFormats(TinyModule):
+    """Training batches are dictionaries, validation batches pairs."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch["image"], batch["label"]), batch_idx)
+
+
+class Named(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        image, label = images()[index]
+        return {"image": image, "label": label}
+
+
+def test_training_and_validation_batches_may_have_different_forms(tmp_path):
+    module = TwoFormats()
+    trainer(tmp_path, cut()).fit(module, DataLoader(Named(), batch_size=16), loaders()[1])
+    assert module.net.stem[0].out_channels < 16
+
+
 class TalksToItsLogger(TinyModule):
     def training_step(self, batch, batch_idx):
         self.logger.experiment.add_scalar("mine", 1.0, self.global_step)
