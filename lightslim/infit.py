@@ -4,7 +4,7 @@ import contextlib
 import gc
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from lightslim.steps import (
     batch_size_of,
     call_step,
     captured_log,
+    collated_samples,
     overrides,
     sample_batch,
     step_probe,
@@ -45,9 +46,12 @@ def refuse_sharded(trainer: Trainer) -> None:
 
 def probe_of(trainer: Trainer, module: LightningModule) -> Probe:
     """A probe that runs the module's steps on a few samples of its own data."""
-    val, train = _sample(trainer, _first(trainer.val_dataloaders)), _sample(trainer, trainer.train_dataloader)
+    val = _sample(trainer, _first(trainer.val_dataloaders), sample_batch)
+    # A training stream may not start again: it is only asked where there is nothing else.
+    train = _sample(trainer, trainer.train_dataloader, sample_batch if val is None else collated_samples)
     if val is None and train is None:
         raise CompressionError("there is no data to look at the model with: the Trainer has no dataloader")
+    train = val if train is None else train
     return step_probe(module, val, train, trainer.precision_plugin.val_step_context)
 
 
@@ -57,16 +61,15 @@ def _first(loaders: Any) -> Any:
     return (loaders[0] if loaders else None) if isinstance(loaders, (list, tuple)) else loaders
 
 
-def _sample(trainer: Trainer, loaders: Any) -> Any:
+def _sample(trainer: Trainer, loaders: Any, draw: Callable[[Any], Any]) -> Any:
     """A small batch in the form that a step gets it: several training loaders make a list or a dict of batches."""
-    if loaders is None:
-        return None
     if isinstance(loaders, dict):
-        batch: Any = {name: sample_batch(loader) for name, loader in loaders.items()}
+        batch: Any = {name: draw(loader) for name, loader in loaders.items()}
+    elif isinstance(loaders, (list, tuple)):
+        batch = [draw(loader) for loader in loaders]
     else:
-        several = isinstance(loaders, (list, tuple))
-        batch = [sample_batch(loader) for loader in loaders] if several else sample_batch(loaders)
-    return trainer.strategy.batch_to_device(batch)
+        batch = None if loaders is None else draw(loaders)
+    return None if batch is None else trainer.strategy.batch_to_device(batch)
 
 
 def logged_names(trainer: Trainer, module: LightningModule, probe: Probe) -> set[str]:

@@ -257,18 +257,24 @@ def stubbed_optimizers(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def sample_batch(loader: Any, samples: int = 8) -> Any:
-    """A small batch for looking at the model, drawn without disturbing the loader.
+def sample_batch(loader: Any) -> Any:
+    """A small batch for looking at the model, drawn without disturbing a map-style loader; else its first batch."""
+    with isolate_rng():
+        batch = collated_samples(loader)
+        return next(iter(loader)) if batch is None else batch
 
-    The first ``samples`` items of a map-style DataLoader are collated by hand: no worker starts, no sampler moves.
-    Any other loader is asked for its first batch.
+
+def collated_samples(loader: Any, samples: int = 8) -> Any:
+    """The first ``samples`` items of a map-style DataLoader, collated by hand: no worker starts, no sampler moves.
+
+    Returns:
+        The batch; None for any other loader.
     """
     dataset: Any = getattr(loader, "dataset", None)
-    collate = getattr(loader, "collate_fn", None)
-    size = getattr(loader, "batch_size", None)
+    collate, size = getattr(loader, "collate_fn", None), getattr(loader, "batch_size", None)
+    if collate is None or size is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        return None
+    indices = list(range(min(samples, size, len(dataset))))
+    fetch = getattr(dataset, "__getitems__", None)
     with isolate_rng():
-        if collate is None or size is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-            return next(iter(loader))
-        indices = list(range(min(samples, size, len(dataset))))
-        fetch = getattr(dataset, "__getitems__", None)
         return collate(fetch(indices) if fetch else [dataset[i] for i in indices])
