@@ -6,6 +6,7 @@ from lightslim.hooks import hookimpl
 from lightslim.loading import load_compressed
 from lightslim.monitor import CompressionMonitor
 from lightslim.prune import StructurePruner, UniformPruneStrategy
+from lightslim.quantize import QuantizationStrategy
 from lightslim.strategy import CompressionStrategy
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "CompressionMonitor",
     "CompressionStrategy",
     "Compressor",
+    "QuantizationStrategy",
     "StructurePruner",
     "UniformPruneStrategy",
     "hookimpl",

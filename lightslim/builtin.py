@@ -1,6 +1,6 @@
 """Our own plugin: everything lightslim brings enters by the same door as a third party's."""
 
-from lightslim import prune
+from lightslim import prune, quantize
 from lightslim.hooks import hookimpl
 from lightslim.registry import Registry
 
@@ -11,3 +11,8 @@ def lightslim_register(registry: Registry) -> None:
     registry.add("strategy", prune.UniformPruneStrategy)
     registry.add("pruner", prune.StructurePruner)
     registry.add("criterion", prune.l1_norm)
+    registry.add("strategy", quantize.QuantizationStrategy)
+    registry.add("range", quantize.AbsMax, "abs_max")
+    registry.add("range", quantize.ChannelWiseAbsMax, "channel_wise_abs_max")
+    registry.add("range", quantize.RangeAbsMax, "range_abs_max")
+    registry.add("range", quantize.MovingAverageAbsMax, "moving_average_abs_max")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
@@ -78,7 +77,9 @@ def logged_names(trainer: Trainer, module: LightningModule, probe: Probe) -> set
     return names | set(probe.run(training=True)[1]) if probe.train else names
 
 
-def evaluate(trainer: Trainer, module: LightningModule, limit: int | None = None) -> dict[str, float]:
+def evaluate(
+    trainer: Trainer, module: LightningModule, limit: int | None = None, learning: Sequence[nn.Module] = ()
+) -> dict[str, float]:
     """The means, over the validation data, of what ``validation_step`` logs, without entering Lightning's own loop.
 
     Batches count by their size; under DDP the mean is over all processes. The running fit does not notice.
@@ -87,6 +88,7 @@ def evaluate(trainer: Trainer, module: LightningModule, limit: int | None = None
         trainer: the running Trainer, whose loaders, devices and precision are used.
         module: the module it fits.
         limit: batches of each loader to use; None for as many as the Trainer's own validation.
+        learning: submodules that are in training mode meanwhile, and keep what their buffers learn.
 
     Returns:
         Metric name to value, epoch-end hooks included; empty where there is no validation data or step.
@@ -97,8 +99,10 @@ def evaluate(trainer: Trainer, module: LightningModule, limit: int | None = None
     loaders = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
     limits = [limit] * len(loaders) if limit else _limits(trainer, len(loaders))
     sums: dict[str, Tensor] = {}
-    with untouched(module), torch.no_grad(), isolate_rng():
+    with untouched(module, except_for=learning), torch.no_grad():
         module.eval()
+        for child in learning:
+            child.train()
         for values, weight in _batches(trainer, module, loaders, limits):
             for name, value in values.items():
                 pair = torch.tensor([value * weight, weight], dtype=torch.float64)

@@ -78,6 +78,13 @@ def _lasting(record: Mapping[str, Any]) -> Iterator[Change]:
         yield f"units/{layer}", before, after
 
 
+def _worst(record: Mapping[str, Any]) -> list[str]:
+    """Layers by how much of their signal quantization keeps, the worst first, as the end of a table."""
+    noise = record.get("signal_to_noise", {})
+    rows = [f"| {layer} | {decibels:.1f} |" for layer, decibels in noise.items()]
+    return ["", "| layer | signal to noise, dB |", "|---|---:|", *rows] if rows else []
+
+
 def _measured(record: Mapping[str, Any]) -> Iterator[Change]:
     """What was measured right before and right after the act."""
     metrics = record.get("metrics", {"before": {}, "after": {}})
@@ -99,5 +106,12 @@ def markdown(record: Mapping[str, Any]) -> str:
     changes = [*_lasting(record), *_measured(record)]
     rows = [f"| {tag} | {before:,} | {after:,} |" for tag, before, after in changes]
     return "\n".join(
-        [f"**{record['act']}**, epoch {record['epoch']}", "", "| | before | after |", "|---|---:|---:|", *rows]
+        [
+            f"**{record['act']}**, epoch {record['epoch']}",
+            "",
+            "| | before | after |",
+            "|---|---:|---:|",
+            *rows,
+            *_worst(record),
+        ]
     )

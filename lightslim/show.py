@@ -67,4 +67,8 @@ def inspection(path: str) -> str:
 def _act(record: Mapping[str, Any]) -> str:
     pairs = {name: record[name] for name in ("flops", "params") if name in record} | record.get("units", {})
     rows = [(name, number(before), number(after)) for name, (before, after) in pairs.items()]
-    return table((f"{record['act']} at epoch {record['epoch']}", "before", "after"), rows)
+    title = f"{record['act']} at epoch {record['epoch']}"
+    noise = [(layer, f"{decibels:.1f}") for layer, decibels in record.get("signal_to_noise", {}).items()]
+    if noise:
+        return table((title, "signal to noise, dB"), noise)
+    return table((title, "before", "after"), rows)

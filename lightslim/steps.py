@@ -8,7 +8,7 @@ attributes that the step changed are put back afterwards, and what it logs is ca
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,8 +123,12 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
+def untouched(module: nn.Module, except_for: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Whatever happens inside, ``module`` and the random state are afterwards as they were before.
+
+    Args:
+        module: what to put back: modes, buffers, gradients and the plain attributes of every submodule.
+        except_for: submodules whose buffers keep what they learn inside.
 
     Example:
         >>> net = nn.BatchNorm1d(2)
@@ -135,7 +139,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
     """
     modes = [(child, child.training) for child in module.modules()]
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    kept = {id(buffer) for child in except_for for buffer in child.buffers()}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers() if id(buffer) not in kept]
     attributes = [(child, _own_attributes(child)) for child in module.modules()]
     try:
         with isolate_rng():

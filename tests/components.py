@@ -6,11 +6,18 @@ A strategy's row makes a fresh one that acts at epoch 1; a new component without
 from collections.abc import Callable
 from typing import Any
 
-from lightslim import StructurePruner, UniformPruneStrategy
+from lightslim import QuantizationStrategy, StructurePruner, UniformPruneStrategy, quantize
 from lightslim.prune import l1_norm
 
 ROWS: dict[tuple[str, str], Callable[[], Any]] = {
     ("strategy", "UniformPruneStrategy"): lambda: UniformPruneStrategy(target_ratio=0.5, start_epoch=1),
     ("pruner", "StructurePruner"): lambda: StructurePruner({"*": 0}, {"*": "l1_norm"}),
     ("criterion", "l1_norm"): lambda: l1_norm,
+    ("strategy", "QuantizationStrategy"): lambda: QuantizationStrategy(
+        start_epoch=1, activation_quantize_type="moving_average_abs_max"
+    ),
+    ("range", "abs_max"): quantize.AbsMax,
+    ("range", "channel_wise_abs_max"): quantize.ChannelWiseAbsMax,
+    ("range", "range_abs_max"): lambda: quantize.RangeAbsMax(window_size=100),
+    ("range", "moving_average_abs_max"): quantize.MovingAverageAbsMax,
 }

@@ -33,6 +33,12 @@ def test_constructor_arguments_are_hinted_and_have_defaults(kind, name):
         assert parameter.default is not parameter.empty
 
 
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 @pytest.mark.parametrize("name", OF["strategy"])
 def test_a_strategy_trains_acts_and_is_read_back_from_its_checkpoint(tmp_path, name):
     pl.seed_everything(0)
@@ -41,11 +47,11 @@ def test_a_strategy_trains_acts_and_is_read_back_from_its_checkpoint(tmp_path, n
     fit = trainer(tmp_path, strategy, saver, enable_checkpointing=True)
     fit.fit(module, *loaders())
     assert [record["epoch"] for record in strategy.history] == [1]
-    state = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["callbacks"][strategy.state_key]
+    state = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)["callbacks"][strategy.state_key]
     again = ROWS["strategy", name]()
     again.load_state_dict(state)
     assert again.history == strategy.history
-    assert again.state_dict() == strategy.state_dict()
+    assert same(again.state_dict(), strategy.state_dict())
 
 
 @pytest.mark.parametrize("name", OF["strategy"])

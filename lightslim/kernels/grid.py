@@ -1,0 +1,82 @@
+"""From a range to its grid: the numbers that integer codes stand for.
+
+A symmetric range ``[-amax, amax]`` has the codes ``-R .. R`` with ``R = 2**(bits-1) - 1``. An affine one is widened
+until it holds zero, has ``2**bits - 1`` steps, and is moved by less than a step so that zero has a code of its own.
+
+Everything is worked out in float64 and rounded once, so each device and each path ends with the same grid.
+"""
+
+import math
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+TINY = 2.0**-100
+"""A range below it counts as zero: its inverse would overflow float32."""
+
+Number = TypeVar("Number", float, Tensor)
+
+
+class Grid(NamedTuple, Generic[Number]):
+    """``round(clamp(x * inverse, low, high)) * step`` is the value on the grid nearest to ``x``."""
+
+    inverse: Number
+    step: Number
+    low: Number
+    high: Number
+
+
+def levels(bits: int, affine: bool) -> int:
+    """How many steps lead from zero to ``amax``, or across an affine range.
+
+    Example:
+        >>> levels(8, affine=False), levels(8, affine=True)
+        (127, 255)
+    """
+    return int(2**bits - 1) if affine else int(2 ** (bits - 1) - 1)
+
+
+def scalar_grid(amax: float, amin: float | None, bits: int) -> Grid[float]:
+    """The grid of one range given as Python numbers, which CPU kernels take without a tensor.
+
+    Example:
+        >>> scalar_grid(2.0, None, 2)
+        Grid(inverse=0.5, step=2.0, low=-1.0, high=1.0)
+        >>> scalar_grid(2.0, -1.0, 2)
+        Grid(inverse=1.0, step=1.0, low=-1.0, high=2.0)
+    """
+    count = float(levels(bits, amin is not None))
+    lower = 0.0 if amin is None else min(amin, 0.0)
+    span = amax if amin is None else max(amax, 0.0) - lower
+    if not math.isfinite(span):
+        return Grid(math.nan, math.nan, -count, count)
+    inverse, step = count / max(span, TINY), 0.0 if span < TINY else span / count
+    if amin is None:
+        return Grid(inverse, step, -count, count)
+    zero = float(round(-lower * inverse))
+    return Grid(inverse, step, -zero, count - zero)
+
+
+def tensor_grid(amax: Tensor, amin: Tensor | None, bits: int, dtype: torch.dtype) -> Grid[Tensor]:
+    """The grids of many ranges at once, element by element, as tensors of ``dtype``."""
+    amax = amax.double()
+    count = amax.new_tensor(levels(bits, amin is not None))
+    lower, upper = bounds(amax, amin if amin is None else amin.double())
+    span = amax if amin is None else upper - lower
+    inverse, step = count / span.clamp(min=TINY), torch.where(span < TINY, 0.0, span / count)
+    zero = count if amin is None else (-lower * inverse).round()
+    high = count if amin is None else count - zero
+    return Grid(*(part.to(dtype) for part in (inverse, step, -zero, high)))
+
+
+def bounds(amax: Tensor, amin: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest value that is not clipped; an affine range always holds zero."""
+    return (-amax, amax) if amin is None else (amin.clamp(max=0), amax.clamp(min=0))
+
+
+def along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """``values`` shaped so that they broadcast over ``x``: one for all of it, or one per position of ``axis``."""
+    if axis is None:
+        return values.reshape(())
+    return values.view([-1 if d == axis % x.ndim else 1 for d in range(x.ndim)])

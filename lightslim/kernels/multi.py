@@ -1,0 +1,64 @@
+"""All weights of a model fake-quantized at once: on a GPU one launch per step instead of several per layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from lightslim.kernels.arguments import check_axis, check_bits, check_values
+from lightslim.kernels.backend import triton_kernels
+from lightslim.kernels.chain import peaks
+from lightslim.kernels.fake_quant import fake_quant
+
+
+def fake_quant_many(tensors: Sequence[Tensor], bits: int = 8, axis: int = 0) -> list[Tensor]:
+    """Each tensor on the symmetric grids of its channels, whose ranges are their own largest magnitudes.
+
+    Equal to ``fake_quant(x, largest magnitudes, bits, axis, clips=False)`` one by one; since nothing is clipped, the
+    gradient passes as it is.
+
+    Args:
+        tensors: weights, of at least one dimension.
+        bits: width of the integers, 2 to 16.
+        axis: the dimension of the channels; on a GPU, axis 0 of contiguous tensors goes in one launch per dtype.
+
+    Raises:
+        CompressionError: bits, dtype or axis do not fit.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 0.4], [3.0, -9.0]])
+        >>> fake_quant_many([weight], bits=2)
+        [tensor([[ 1.,  0.],
+                [ 0., -9.]])]
+    """
+    check_bits(bits)
+    for tensor in tensors:
+        check_values(tensor)
+        check_axis(tensor, axis)
+    if torch.compiler.is_compiling() or not _one_launch(tensors, axis):
+        return [fake_quant(tensor, peaks(tensor, axis), bits, axis, clips=False) for tensor in tensors]
+    return list(FakeQuantMany.apply(bits, *tensors))
+
+
+class FakeQuantMany(Function):
+    """One launch for all; the gradients are handed on."""
+
+    @staticmethod
+    def forward(ctx: Any, bits: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Find each row's range and round the row to its grid."""
+        launch = triton_kernels()
+        assert launch is not None
+        return tuple(launch.quantize_many(tensors, bits))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Nothing was clipped."""
+        return None, *grads
+
+
+def _one_launch(tensors: Sequence[Tensor], axis: int) -> bool:
+    fits = all(x.is_cuda and x.dtype != torch.float64 and axis % x.ndim == 0 and x.is_contiguous() for x in tensors)
+    return bool(tensors) and fits and triton_kernels() is not None

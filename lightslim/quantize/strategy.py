@@ -1,0 +1,207 @@
+"""Quantization-aware training on a schedule: fake quantization goes in at ``start_epoch`` and stays."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightslim.infit import evaluate, logged_names, probe_of
+from lightslim.quantize.analysis import signal_to_noise
+from lightslim.quantize.transform import (
+    FakeQuantize,
+    Settings,
+    plan_layers,
+    quantized_layers,
+    quantizers,
+    transform,
+    untransform,
+)
+from lightslim.registry import registry
+from lightslim.steps import Probe
+from lightslim.strategy import CompressionStrategy, check_metric
+from lightslim.tables import table
+
+
+class QuantizationStrategy(CompressionStrategy):
+    """Train with weights and inputs of convolutions and linear layers rounded as their integers will be.
+
+    Checkpoints keep the full-precision weights under their plain names; the learned ranges are this strategy's state.
+
+    Args:
+        start_epoch: fake quantization goes in before the first step of this epoch, and stays to the end.
+        end_epoch: when the models asked for are written; None for the end of training.
+        float_model_save_path: where to write the model with weights on the grid; None for nowhere.
+        mobile_model_save_path: where to write the model for mobile runtimes; None for nowhere.
+        int8_model_save_path: where to write the integer model; None for nowhere.
+        weight_bits: bits of a weight, 2 to 16; biases stay in float.
+        activation_bits: bits of an input, 2 to 16.
+        weight_quantize_type: ``abs_max`` or ``channel_wise_abs_max``.
+        activation_quantize_type: ``abs_max``, ``range_abs_max`` or ``moving_average_abs_max``.
+        save_in_nodes: names of the inputs at which a written model is cut.
+        save_out_nodes: names of the outputs at which a written model is cut.
+        skip: patterns of layer names that stay in float.
+        overrides: pattern of layer names to the settings that differ there.
+        calibration_batches: validation batches that the ranges see before the first step.
+        metric_name: a metric that the module logs, shown before and after.
+        name: tells strategies of one class apart.
+
+    Raises:
+        CompressionError: bits out of bounds, an unknown range; in ``setup`` a start beyond the last epoch, a pattern
+            that fits nothing or a model with nothing to quantize.
+
+    Example:
+        >>> QuantizationStrategy(start_epoch=2, weight_bits=4).must_be_last
+        True
+    """
+
+    must_be_last: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        start_epoch: int = 0,
+        end_epoch: int | None = None,
+        float_model_save_path: str | None = None,
+        mobile_model_save_path: str | None = None,
+        int8_model_save_path: str | None = None,
+        weight_bits: int = 8,
+        activation_bits: int = 8,
+        weight_quantize_type: str = "abs_max",
+        activation_quantize_type: str = "abs_max",
+        save_in_nodes: Sequence[str] | None = None,
+        save_out_nodes: Sequence[str] | None = None,
+        skip: Sequence[str] = (),
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        calibration_batches: int = 8,
+        metric_name: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(start_epoch, end_epoch, name)
+        self.settings = Settings(weight_bits, activation_bits, weight_quantize_type, activation_quantize_type)
+        self.skip, self.overrides = tuple(skip), dict(overrides or {})
+        self.save_paths = {
+            "float": float_model_save_path,
+            "mobile": mobile_model_save_path,
+            "int8": int8_model_save_path,
+        }
+        self.save_in_nodes, self.save_out_nodes = save_in_nodes, save_out_nodes
+        self.calibration_batches = calibration_batches
+        self.metric_name = metric_name
+        self._quantizers: dict[str, FakeQuantize] = {}
+        self._ranges: dict[str, dict[str, Tensor]] = {}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "ranges": self.ranges()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._ranges = state_dict["ranges"]
+
+    def ranges(self) -> dict[str, dict[str, Tensor]]:
+        """What the ranges have learned: quantizer name to its buffers."""
+        now = {name: {key: t.detach().clone() for key, t in q.named_buffers()} for name, q in self._quantizers.items()}
+        return now or self._ranges
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and any(True for _ in pl_module.parameters()):
+            plan_layers(pl_module, self.settings, self.skip, self.overrides)
+            for format_, path in self.save_paths.items():
+                if path is not None:
+                    registry().get("exporter", format_)
+        if stage != "fit" and self._begun:
+            self._arm(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._begun:
+            self._arm(pl_module)
+
+    def _arm(self, module: nn.Module) -> None:
+        """Put fake quantization into ``module``, with what its ranges have learned so far."""
+        transform(module, **vars(self.settings), skip=self.skip, overrides=self.overrides)
+        self._quantizers = dict(quantizers(module))
+        for name, quantizer in self._quantizers.items():
+            for key, buffer in quantizer.named_buffers():
+                buffer.copy_(self._ranges[name][key]) if name in self._ranges else None
+            _keep_out_of_state_dict(quantizer)
+
+    def _disarm(self, module: nn.Module) -> None:
+        self._ranges, self._quantizers = self.ranges(), {}
+        untransform(module)
+
+    @override
+    def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        check_metric(self.metric_name, logged_names(trainer, pl_module, probe_of(trainer, pl_module)))
+        layers = plan_layers(pl_module, self.settings, self.skip, self.overrides)
+        rows = [(name, str(s.weight_bits), s.weight_quantize_type, str(s.activation_bits), s.activation_quantize_type)
+                for name, s in layers.items()]  # fmt: skip
+        return f"{len(rows)} layers\n" + table(("layer", "weight bits", "range", "input bits", "range"), rows)
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        before = evaluate(trainer, pl_module)
+        self._arm(pl_module)
+        rules = [quantizer.rule for quantizer in self._quantizers.values()]
+        evaluate(trainer, pl_module, limit=self.calibration_batches, learning=rules)
+        synchronize(trainer, rules)
+        idle = unreached(probe_of(trainer, pl_module), pl_module)
+        if idle:
+            rank_zero_warn(f"{self.name}: the inputs of {', '.join(idle)} are not quantized: the step never calls them")
+        after = evaluate(trainer, pl_module)
+        noise = signal_to_noise(pl_module, probe_of(trainer, pl_module).run)
+        shown = [n for n in ([self.metric_name] if self.metric_name else before) if n in before and n in after]
+        metrics = "".join(f", {n} {before[n]:.4f} -> {after[n]:.4f}" for n in shown)
+        count = len(quantized_layers(pl_module))
+        rank_zero_info(f"{self.name}, epoch {trainer.current_epoch}: {count} layers quantized{metrics}")
+        metrics_now = {"before": before, "after": after}
+        return {"act": "quantize", "quantized": count, "idle": idle, "signal_to_noise": noise, "metrics": metrics_now}
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        synchronize(trainer, [quantizer.rule for quantizer in self._quantizers.values()])
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._disarm(pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._disarm(pl_module)
+
+
+def _keep_out_of_state_dict(quantizer: FakeQuantize) -> None:
+    for name, buffer in list(quantizer.rule.named_buffers()):
+        quantizer.rule.register_buffer(name, buffer, persistent=False)
+
+
+def synchronize(trainer: Trainer, rules: Sequence[nn.Module]) -> None:
+    """Give all processes the widest of their ranges, in one collective."""
+    buffers = [buffer for rule in rules for buffer in rule.buffers() if buffer.is_floating_point()]
+    if trainer.world_size == 1 or not buffers:
+        return
+    joined = trainer.strategy.reduce(torch.cat([buffer.flatten() for buffer in buffers]), reduce_op="max")
+    for buffer, part in zip(buffers, joined.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(part.reshape(buffer.shape))
+
+
+def unreached(probe: Probe, module: nn.Module) -> list[str]:
+    """The quantized layers whose inputs pass no hook in one step: their weights are used from outside."""
+    called: set[str] = set()
+    layers = quantized_layers(module)
+    handles = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
+    try:
+        probe.run()
+        probe.run(training=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name in layers if name not in called]

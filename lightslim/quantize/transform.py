@@ -1,0 +1,244 @@
+"""Put fake quantization into a model, and take it out again: the seed's passes as functions on a module."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from lightslim.errors import CompressionError, did_you_mean
+from lightslim.kernels import fake_quant
+from lightslim.patterns import select
+from lightslim.quantize.ranges import Range
+from lightslim.registry import registry
+
+M = TypeVar("M", bound=nn.Module)
+INPUT = "input_quantizer"
+
+
+class FakeQuantize(nn.Module):
+    """Rounds a tensor to the grid that an integer of ``bits`` bits spans over its range; gradients pass inside it.
+
+    ``y = round(clamp(x, -s, s) * R / s) * s / R`` with ``R = 2 ** (bits - 1) - 1`` and the range ``s``.
+
+    Args:
+        rule: says how far the tensor reaches.
+        bits: 2 to 16.
+    """
+
+    def __init__(self, rule: Range, bits: int = 8) -> None:
+        super().__init__()
+        self.rule = rule
+        self.bits = bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` on the grid, same shape and dtype."""
+        return fake_quant(x, self.rule(x), self.bits, self.rule.axis, clips=not self.rule.exact)
+
+    def extra_repr(self) -> str:
+        """Shown in the module's text."""
+        return f"bits={self.bits}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one layer is quantized; ranges by their registered names.
+
+    Raises:
+        CompressionError: bits out of bounds or an unknown range.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    weight_quantize_type: str = "channel_wise_abs_max"
+    activation_quantize_type: str = "moving_average_abs_max"
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            if not 2 <= getattr(self, name) <= 16:
+                raise CompressionError(f"{name} is {getattr(self, name)}; a quantized number has 2 to 16 bits")
+        for name in ("weight_quantize_type", "activation_quantize_type"):
+            registry().get("range", getattr(self, name))
+
+
+def quantizable(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can be quantized, convolutions and linear ones, by name."""
+    return {name: child for name, child in model.named_modules() if isinstance(child, (_ConvNd, nn.Linear))}
+
+
+def transform(
+    model: M,
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    weight_quantize_type: str = "channel_wise_abs_max",
+    activation_quantize_type: str = "moving_average_abs_max",
+    skip: Sequence[str] = (),
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> M:
+    """Quantize, in training and evaluation alike, the weight and the input of every convolution and linear layer.
+
+    Works in place: weights by ``torch.nn.utils.parametrize`` (the parameter stays the same object, full precision),
+    inputs by a hook. ``state_dict`` keeps the plain names of the weights; the ranges are further entries beside them.
+
+    Args:
+        model: any module.
+        weight_bits: bits of a weight, 2 to 16.
+        activation_bits: bits of an input, 2 to 16.
+        weight_quantize_type: name of the weights' range: ``abs_max`` or ``channel_wise_abs_max``.
+        activation_quantize_type: name of the inputs' range: ``abs_max``, ``range_abs_max``, ``moving_average_abs_max``.
+        skip: patterns of layer names that stay in float.
+        overrides: pattern of layer names to the settings that differ there, as ``{"head": {"weight_bits": 16}}``.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        CompressionError: nothing to quantize, a pattern that fits nothing, an unknown range, bits out of bounds; the
+            model is untouched then.
+
+    Example:
+        >>> import torch
+        >>> net = transform(nn.Sequential(nn.Linear(4, 3)), weight_bits=2)
+        >>> len(net[0].weight[0].detach().abs().unique()) <= 2
+        True
+        >>> "0.weight" in net.state_dict()
+        True
+    """
+    common = Settings(weight_bits, activation_bits, weight_quantize_type, activation_quantize_type)
+    layers = quantizable(model)
+    plan = plan_layers(model, common, skip, overrides or {})
+    pairs = {name: _quantizers(layers[name], settings) for name, settings in plan.items()}
+    for name, (weight, inputs) in pairs.items():
+        _attach(layers[name], weight, inputs)
+    return model
+
+
+def plan_layers(
+    model: nn.Module, common: Settings, skip: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Settings]:
+    """Which layers are to be quantized, and how; see :func:`transform` for the arguments and errors."""
+    layers = quantizable(model)
+    skipped = {name for pattern in skip for name in select(pattern, layers, "skip")}
+    left = [name for name in layers if name not in skipped]
+    if not left:
+        raise CompressionError("there is nothing to quantize: no convolution or linear layer is left")
+    for name in left:
+        if hasattr(layers[name], INPUT):
+            raise CompressionError(f"{name} is quantized already")
+        if parametrize.is_parametrized(layers[name]):
+            raise CompressionError(f"{name} has a parametrization of its own (weight norm?): remove it or skip it")
+    plan = dict.fromkeys(left, common)
+    for pattern, changes in overrides.items():
+        for name in select(pattern, left, "overrides"):
+            plan[name] = _changed(plan[name], changes)
+    return plan
+
+
+def _changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    unknown = next((key for key in changes if key not in vars(settings)), None)
+    if unknown is not None:
+        raise CompressionError(f"overrides: {unknown!r} is no setting; {did_you_mean(unknown, vars(settings))}")
+    return replace(settings, **changes)
+
+
+def _quantizers(layer: nn.Module, settings: Settings) -> tuple[FakeQuantize, FakeQuantize]:
+    channels = 1 if getattr(layer, "transposed", False) else 0
+    per_channel = settings.weight_quantize_type.startswith("channel_wise")
+    weight = registry().get("range", settings.weight_quantize_type)(axis=channels if per_channel else None)
+    inputs = registry().get("range", settings.activation_quantize_type)(axis=None)
+    return FakeQuantize(weight, settings.weight_bits), FakeQuantize(inputs, settings.activation_bits)
+
+
+def _attach(layer: nn.Module, weight: FakeQuantize, inputs: FakeQuantize) -> None:
+    device = next(layer.parameters()).device
+    parametrize.register_parametrization(layer, "weight", weight.to(device).train(layer.training), unsafe=True)
+    setattr(layer, INPUT, inputs.to(device).train(layer.training))
+    hooks = [
+        layer.register_forward_pre_hook(_quantize_input),
+        layer._register_state_dict_hook(_to_plain_names),
+        layer.register_load_state_dict_pre_hook(_from_plain_names),
+    ]
+    layer.__dict__["_quantize_hooks"] = hooks
+
+
+def _quantize_input(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (getattr(layer, INPUT)(arguments[0]), *arguments[1:])
+
+
+_ORIGINAL = "parametrizations.weight.original"
+
+
+def _to_plain_names(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    state[f"{prefix}weight"] = state.pop(prefix + _ORIGINAL)
+
+
+def _from_plain_names(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    if f"{prefix}weight" in state:
+        state[prefix + _ORIGINAL] = state.pop(f"{prefix}weight")
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
+    """Every fake quantizer in ``model``, with its name."""
+    for name, child in model.named_modules():
+        if isinstance(child, FakeQuantize):
+            yield name, child
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that :func:`transform` has quantized, by name."""
+    return {name: child for name, child in model.named_modules() if hasattr(child, INPUT)}
+
+
+def untransform(model: M, rounded: bool = False) -> M:
+    """Take fake quantization out again, in place.
+
+    Args:
+        model: a transformed module.
+        rounded: whether weights keep the values on the grid; else they are the full-precision ones.
+    """
+    for layer in quantized_layers(model).values():
+        _restore_weight(layer, rounded)
+        delattr(layer, INPUT)
+        for hook in layer.__dict__.pop("_quantize_hooks"):
+            hook.remove()
+    return model
+
+
+def _restore_weight(layer: Any, rounded: bool) -> None:
+    """Make ``weight`` the plain parameter again, in its old place among the others.
+
+    Not ``parametrize.remove_parametrizations``: it edits the layer's class, which copies of the layer share.
+    """
+    kind, rounded_weight = parametrize.type_before_parametrizations(layer), layer.weight.detach()
+    parameter = layer.parametrizations.weight.original
+    if rounded:
+        parameter.data = rounded_weight
+    delattr(layer, "parametrizations")
+    layer.__class__ = kind
+    others = dict(layer._parameters)
+    layer._parameters.clear()
+    layer._parameters.update({"weight": parameter, **others})
+
+
+def freeze(model: M) -> M:
+    """A copy whose weights hold only values on the integer grid and whose inputs are quantized with the learned ranges.
+
+    The live model is not touched: training can go on (in the seed it could not).
+
+    Example:
+        >>> import torch
+        >>> frozen = freeze(transform(nn.Sequential(nn.Linear(4, 3))))
+        >>> step = frozen[0].weight.abs().amax(1, keepdim=True) / 127
+        >>> bool(((frozen[0].weight / step).round() * step - frozen[0].weight).abs().max() < 1e-6)
+        True
+    """
+    frozen = copy.deepcopy(model).eval()
+    for layer in quantized_layers(frozen).values():
+        _restore_weight(layer, rounded=True)
+        *_, to_plain, from_plain = layer.__dict__["_quantize_hooks"]
+        to_plain.remove()
+        from_plain.remove()
+    return frozen

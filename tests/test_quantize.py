@@ -1,0 +1,224 @@
+"""Ranges, transform and freeze, and quantization-aware training in a running fit."""
+
+import copy
+import math
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from nets import randomize
+from tiny import TinyModule, TinyNet, loaders, trainer
+from torch import nn
+
+from lightslim import CompressionError, QuantizationStrategy, UniformPruneStrategy
+from lightslim.quantize import (
+    MovingAverageAbsMax,
+    RangeAbsMax,
+    freeze,
+    quantizers,
+    signal_to_noise,
+    transform,
+    untransform,
+)
+from lightslim.registry import registry
+
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def on_grid(weight: torch.Tensor, bits: int, axis: int | None) -> bool:
+    """Whether every value is a whole multiple of its channel's step."""
+    others = [d for d in range(weight.ndim) if d != axis]
+    step = weight.abs().amax(others, keepdim=True) / (2 ** (bits - 1) - 1)
+    return bool(((weight / step).round() * step - weight).abs().max() <= 1e-6 * weight.abs().max())
+
+
+def test_ranges_learn_in_training_only():
+    moving, window = MovingAverageAbsMax(rate=0.9), RangeAbsMax(window_size=3)
+    seen = [1.0, 5.0, 2.0, 3.0]
+    accum = state = 0.0
+    for value in seen:
+        accum, state = 0.9 * accum + value, 0.9 * state + 1
+        assert moving(torch.tensor([value, -value / 2])).item() == pytest.approx(accum / state)
+        window(torch.tensor([value]))
+    assert window.window.tolist() == [3.0, 5.0, 2.0]
+    before = copy.deepcopy(moving.state_dict())
+    assert moving.eval()(torch.tensor([99.0])).item() == pytest.approx(accum / state)
+    assert window.eval()(torch.tensor([99.0])).item() == 5.0
+    assert moving.state_dict() == before
+
+
+@pytest.mark.parametrize("rule", ["abs_max", "channel_wise_abs_max"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weights_are_on_the_grid_and_parameters_stay(rule, bits):
+    net = randomize(TinyNet())
+    net.up = nn.ConvTranspose2d(4, 6, 2)
+    parameters = {id(p) for p in net.parameters()}
+    transform(net, weight_bits=bits, weight_quantize_type=rule)
+    assert {id(p) for p in net.parameters()} == parameters
+    for layer in (net.stem[0], net.depthwise, net.head[3], net.up):
+        axis = None if rule == "abs_max" else 1 if layer is net.up else 0
+        assert on_grid(layer.weight.detach(), bits, axis)
+    frozen = freeze(net)
+    assert on_grid(frozen.stem[0].weight.detach(), bits, None if rule == "abs_max" else 0)
+    torch.testing.assert_close(frozen(X), net.eval()(X), rtol=0, atol=0)
+
+
+def test_float_checkpoints_load_and_plain_names_stay():
+    net = randomize(TinyNet())
+    weights = copy.deepcopy(net.state_dict())
+    transform(net)
+    assert set(weights) <= set(net.state_dict())
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in weights.items())
+    other = transform(TinyNet())
+    other.load_state_dict(net.state_dict())
+    torch.testing.assert_close(other.eval()(X), net.eval()(X), rtol=0, atol=0)
+
+
+def test_untransform_leaves_no_trace():
+    net = randomize(TinyNet()).eval()
+    before, said = net(X), repr(net)
+    untransform(transform(net))
+    assert repr(net) == said
+    assert torch.equal(net(X), before)
+    assert all(not m._forward_pre_hooks and not m._state_dict_hooks for m in net.modules())
+    assert set(net.state_dict()) == set(TinyNet().state_dict())
+
+
+def test_layers_can_be_skipped_and_set_apart():
+    net = transform(TinyNet(), skip=["stem*"], overrides={"head*": {"weight_bits": 4}})
+    bits = {name: quantizer.bits for name, quantizer in quantizers(net)}
+    assert not any(name.startswith("stem") for name in bits)
+    assert bits["head.3.parametrizations.weight.0"] == 4
+    assert bits["body.0.parametrizations.weight.0"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight_bits": 1}, "weight_bits is 1"),
+        ({"activation_bits": 17}, "activation_bits is 17"),
+        ({"weight_quantize_type": "absmax"}, "did you mean 'abs_max'"),
+        ({"skip": ["nothing"]}, "skip: 'nothing' matches none"),
+        ({"skip": ["*"]}, "nothing to quantize"),
+        ({"overrides": {"head*": {"weight_bit": 4}}}, "did you mean 'weight_bits'"),
+    ],
+)
+def test_bad_settings_leave_the_model_alone(arguments, message):
+    net = TinyNet()
+    said = repr(net)
+    with pytest.raises(CompressionError, match=message):
+        transform(net, **arguments)
+    assert repr(net) == said
+
+
+def test_the_noise_of_each_layer_is_that_of_its_weight_and_its_input():
+    net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    exact = [layer.weight.detach().double().clone() for layer in (net[0], net[2])]
+    transform(net, activation_quantize_type="abs_max", overrides={"2": {"weight_bits": 3}})
+    x = torch.randn(32, 16)
+    found = signal_to_noise(net, lambda: net(x))
+    assert list(found) == ["2", "0"]
+
+    def ratio(tensor, bits, axis=None):
+        others = [d for d in range(tensor.ndim) if d != axis] if axis is not None else list(range(tensor.ndim))
+        step = tensor.abs().amax(others, keepdim=True) / (2 ** (bits - 1) - 1)
+        return (((tensor / step).round() * step - tensor).square().sum() / tensor.square().sum()).item()
+
+    by_hand = -10 * math.log10(ratio(exact[0], 8, 0) + ratio(x.double(), 8))
+    assert found["0"] == pytest.approx(by_hand, abs=0.05)
+    assert found["0"] - found["2"] > 20
+
+
+def quantized(**arguments):
+    return QuantizationStrategy(
+        **{"start_epoch": 1, "activation_quantize_type": "moving_average_abs_max",
+           "weight_quantize_type": "channel_wise_abs_max", **arguments}
+    )  # fmt: skip
+
+
+class Look(pl.Callback):
+    """Keeps what the ranges are after training and after validation, and what the weights were."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.after_validation = {n: q.rule.accum.item() for n, q in quantizers(pl_module) if hasattr(q.rule, "accum")}
+        self.on_grid = on_grid(pl_module.net.stem[0].weight.detach(), 8, 0)
+
+    def on_validation_start(self, trainer, pl_module):
+        self.after_training = {n: q.rule.accum.item() for n, q in quantizers(pl_module) if hasattr(q.rule, "accum")}
+
+
+@pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_training_goes_on_and_checkpoints_stay_plain(tmp_path, optimizer, arguments):
+    pl.seed_everything(0)
+    module, strategy, look = TinyModule(optimizer), quantized(), Look()
+    fit = trainer(tmp_path, strategy, look, **arguments)
+    fit.fit(module, *loaders())
+    assert sum(module.losses[-3:]) < sum(module.losses[:3])
+    assert look.on_grid
+    assert look.after_training == look.after_validation != {}
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == set(TinyModule().state_dict())
+    assert checkpoint["callbacks"][strategy.state_key]["ranges"]
+    assert strategy.history[0]["quantized"] == len(strategy.history[0]["signal_to_noise"]) == 5
+    assert repr(module.net) == repr(TinyNet()), "nothing of ours is left after the fit"
+
+
+def test_resume_goes_on_with_the_learned_ranges(tmp_path):
+    def fit(checkpoint=None):
+        pl.seed_everything(0)
+        module, strategy = TinyModule("adam"), quantized()
+        module.net.head[2].p = 0.0
+        saver = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        data = torch.utils.data.DataLoader(loaders()[0].dataset, batch_size=16)
+        fit = trainer(tmp_path, strategy, saver, enable_checkpointing=True)
+        fit.fit(module, data, loaders()[1], ckpt_path=checkpoint)
+        return module, strategy
+
+    whole, ranges = fit()
+    resumed, same = fit(tmp_path / "epoch=1.ckpt")
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, resumed.get_parameter(name)), name
+    assert all(
+        torch.equal(t, same.ranges()[q][k]) for q, buffers in ranges.ranges().items() for k, t in buffers.items()
+    )
+
+
+def test_it_composes_with_pruning_in_one_fit(tmp_path):
+    module = TinyModule("adam")
+    prune = UniformPruneStrategy(target_ratio=0.5, start_epoch=1)
+    trainer(tmp_path, prune, quantized(start_epoch=2)).fit(module, *loaders())
+    assert module.net.stem[0].out_channels < 16
+    assert sum(module.losses[-3:]) < sum(module.losses[:3])
+
+
+def test_a_run_without_it_is_the_run_before_it(tmp_path):
+    def losses(*callbacks):
+        pl.seed_everything(3)
+        module = TinyModule("adam")
+        trainer(tmp_path, *callbacks, max_epochs=2).fit(module, *loaders())
+        return module.losses
+
+    alone, later = losses(), losses(quantized())
+    steps = len(loaders()[0])
+    assert alone[:steps] == later[:steps]
+    assert alone[steps:] != later[steps:]
+
+
+def test_weights_used_from_outside_their_layer_are_reported(tmp_path):
+    class Outside(TinyNet):
+        def forward(self, x):
+            stem = self.stem[0]
+            x = self.stem[2](self.stem[1](nn.functional.conv2d(x, stem.weight, stem.bias, padding=1)))
+            return self.head(torch.cat([x, self.depthwise(x)], 1))
+
+    with pytest.warns(UserWarning, match=r"net\.stem\.0, .*not quantized"):
+        trainer(tmp_path, quantized(start_epoch=0), max_epochs=1).fit(TinyModule(net=Outside()), *loaders())
+
+
+def test_saving_needs_an_exporter_that_exists(tmp_path):
+    if "int8" in registry().names("exporter"):
+        pytest.skip("there is one")
+    with pytest.raises(CompressionError, match="'int8' is not a known exporter"):
+        trainer(tmp_path, quantized(int8_model_save_path="x")).fit(TinyModule(), *loaders())
