@@ -5,6 +5,7 @@ import gc
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +44,12 @@ def refuse_sharded(trainer: Trainer) -> None:
         )
 
 
+def refuse_masks(trainer: Trainer) -> None:
+    """Raise if Lightning's own ModelPruning is there too: its masks keep the shapes that a cut changes."""
+    if any(kind.__name__ == "ModelPruning" for callback in trainer.callbacks for kind in type(callback).__mro__):  # type: ignore[attr-defined]
+        raise CompressionError("ModelPruning keeps masks of the old shapes: use it or a compression strategy, not both")
+
+
 def probe_of(trainer: Trainer, module: LightningModule) -> Probe:
     """A probe that runs the module's steps on a few samples of its own data."""
     val = _sample(trainer, _first(trainer.val_dataloaders), sample_batch)
@@ -68,7 +75,13 @@ def _sample(trainer: Trainer, loaders: Any, draw: Callable[[Any], Any]) -> Any:
         batch = [draw(loader) for loader in loaders]
     else:
         batch = None if loaders is None else draw(loaders)
-    return None if batch is None else trainer.strategy.batch_to_device(batch)
+    return None if batch is None else _moved(trainer, batch)
+
+
+def _moved(trainer: Trainer, batch: Any, loader_index: int = 0) -> Any:
+    """A batch as Lightning's loops hand it to a step: in the Trainer's precision and on its device."""
+    converted = trainer.precision_plugin.convert_input(batch)
+    return trainer.strategy.batch_to_device(converted, dataloader_idx=loader_index)
 
 
 def logged_names(trainer: Trainer, module: LightningModule, probe: Probe) -> set[str]:
@@ -98,16 +111,12 @@ def evaluate(
         return {}
     loaders = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
     limits = [limit] * len(loaders) if limit else _limits(trainer, len(loaders))
-    sums: dict[str, Tensor] = {}
     with untouched(module, except_for=learning), torch.no_grad():
         module.eval()
         for child in learning:
             child.train()
-        for values, weight in _batches(trainer, module, loaders, limits):
-            for name, value in values.items():
-                pair = torch.tensor([value * weight, weight], dtype=torch.float64)
-                sums[name] = sums.get(name, 0) + pair
-    return {name: _mean(trainer, pair) for name, pair in sorted(sums.items())}
+        totals = _aggregate(_batches(trainer, module, loaders, limits))
+    return {name: total.over_processes(trainer) for name, total in sorted(totals.items())}
 
 
 def _limits(trainer: Trainer, count: int) -> list[float]:
@@ -117,9 +126,9 @@ def _limits(trainer: Trainer, count: int) -> list[float]:
 
 def _batches(
     trainer: Trainer, module: LightningModule, loaders: list[Any], limits: Sequence[float]
-) -> Iterator[tuple[dict[str, float], int]]:
+) -> Iterator[tuple[Log, int]]:
     """What each batch logs, with its size; then what is only known at the end: metric objects, epoch-end hooks."""
-    objects: dict[str, Metric] = {}
+    objects: Log = {}
     for child in module.modules():
         if isinstance(child, Metric):
             child.reset()
@@ -128,14 +137,15 @@ def _batches(
         for index, loader in enumerate(loaders):
             suffix = f"/dataloader_idx_{index}" if len(loaders) > 1 else ""
             for batch_index, batch in enumerate(_limited(loader, limits[index])):
-                moved = trainer.strategy.batch_to_device(batch, dataloader_idx=index)
+                moved = _moved(trainer, batch, index)
                 with trainer.precision_plugin.val_step_context():
                     call_step(module.validation_step, moved, batch_index, index)
-                objects.update({name + suffix: value for name, value in log.items() if isinstance(value, Metric)})
-                yield _numbers(log, suffix), batch_size_of(moved)
+                named = {name + (suffix if one.add_dataloader_idx else ""): one for name, one in log.items()}
+                objects.update({name: one for name, one in named.items() if isinstance(one.value, Metric)})
+                yield named, batch_size_of(moved)
                 log.clear()
         _call(module, "on_validation_epoch_end")
-        yield _numbers(log | {name: metric.compute() for name, metric in objects.items()}, ""), 1
+        yield log | {name: replace(one, value=one.value.compute()) for name, one in objects.items()}, 1
 
 
 def _limited(loader: Any, limit: float) -> Iterator[Any]:
@@ -147,20 +157,43 @@ def _call(module: LightningModule, hook: str) -> None:
         getattr(module, hook)()
 
 
-def _numbers(log: Log, suffix: str) -> dict[str, float]:
-    values = {name: value for name, value in log.items() if isinstance(value, (int, float)) or _is_numeric(value)}
-    return {name + suffix: float(torch.as_tensor(value).detach().double().mean()) for name, value in values.items()}
+@dataclass
+class _Total:
+    """A metric on its way through the batches: ``reduce_fx`` says what becomes of its values."""
+
+    reduce: str = "mean"
+    value: float = 0.0
+    weight: float = 0.0
+
+    def add(self, value: float, weight: float) -> None:
+        if self.reduce in ("min", "max"):
+            self.value = min(self.value, value) if self.reduce == "min" else max(self.value, value)
+        else:
+            self.value += value * (weight if self.reduce == "mean" else 1.0)
+        self.weight += weight
+
+    def over_processes(self, trainer: Trainer) -> float:
+        device = trainer.strategy.root_device
+        pair = torch.tensor([self.value, self.weight], dtype=torch.float32 if device.type == "mps" else torch.float64)
+        joined = trainer.strategy.reduce(pair.to(device), reduce_op="sum" if self.reduce == "mean" else self.reduce)
+        return float(joined[0] / joined[1]) if self.reduce == "mean" else float(joined[0])
 
 
-def _is_numeric(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() > 0
+def _aggregate(batches: Iterator[tuple[Log, int]]) -> dict[str, _Total]:
+    totals: dict[str, _Total] = {}
+    for log, size in batches:
+        for name, one in log.items():
+            if isinstance(one.value, (int, float)) or (isinstance(one.value, Tensor) and one.value.numel()):
+                value = float(torch.as_tensor(one.value).detach().double().mean())
+                reduce = _reduction(one.reduce_fx)
+                total = totals.setdefault(name, _Total(reduce, value if reduce in ("min", "max") else 0.0))
+                total.add(value, one.batch_size or size)
+    return totals
 
 
-def _mean(trainer: Trainer, pair: Tensor) -> float:
-    device = trainer.strategy.root_device
-    pair = pair.to(device, torch.float32 if device.type == "mps" else torch.float64)
-    summed = trainer.strategy.reduce(pair, reduce_op="sum")
-    return float(summed[0] / summed[1])
+def _reduction(reduce_fx: Any) -> str:
+    name = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "mean")
+    return name if name in ("sum", "min", "max") else "mean"
 
 
 def cut_in_fit(trainer: Trainer, module: LightningModule, cut: Cut) -> None:

@@ -43,6 +43,14 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise CompressionError(f"the pattern {pattern!r} is not a valid regular expression: {error}") from None
 
 
+def check_pattern(pattern: str, argument: str) -> None:
+    """Raise if ``pattern``, given as ``argument``, is a malformed regular expression."""
+    try:
+        _compiled(pattern)
+    except CompressionError as error:
+        raise CompressionError(f"{argument}: {error}") from None
+
+
 def select(pattern: str, names: Iterable[str], what: str) -> list[str]:
     """The names that fit ``pattern``; an error when none does.
 

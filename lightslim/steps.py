@@ -6,8 +6,9 @@ attributes that the step changed are put back afterwards, and what it logs is ca
 """
 
 import contextlib
-import copy
+import dataclasses
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +19,23 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
-Log = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Logged:
+    """One call of ``self.log``: the value and how Lightning was asked to aggregate it."""
+
+    value: Any
+    reduce_fx: Any = "mean"
+    batch_size: int | None = None
+    add_dataloader_idx: bool = True
+
+
+Log = dict[str, Logged]
 
 _LIGHTNING = ("pytorch_lightning.", "lightning.")
-_CONTAINERS = (list, dict, set)
+_CONTAINERS = (list, dict, set, deque)
+Restore = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,7 @@ class Probe:
         train: the same as in training; None when the model only has one way.
         context: what the step runs in (precision); entered anew for each run.
         batch_size: how many samples to divide the cost of one run by.
+        needs_grad: whether the evaluation run differentiates, as a training step may.
     """
 
     module: nn.Module
@@ -41,11 +56,12 @@ class Probe:
     train: Callable[[], Any] | None = None
     context: Context = field(default=contextlib.nullcontext)
     batch_size: int = 1
+    needs_grad: bool = False
 
     def run(self, training: bool = False) -> tuple[Any, Log]:
         """Run the step once; returns its output and what it logged."""
         step = self.train if training and self.train else self.evaluate
-        grad = torch.enable_grad() if training else torch.no_grad()
+        grad = torch.enable_grad() if training or self.needs_grad else torch.no_grad()
         with untouched(self.module), captured_log(self.module) as log, stubbed_optimizers(self.module), self.context():
             self.module.train(training)
             with grad, torch.compiler.set_stance("force_eager"):
@@ -76,7 +92,8 @@ def step_probe(module: nn.Module, val_batch: Any, train_batch: Any, context: Con
     evaluation = _step(module, "validation_step", val_batch)
     batch = train_batch if evaluation is None and train_batch is not None else val_batch
     forward = forward_probe(module, batch[0] if isinstance(batch, (tuple, list)) else batch).evaluate
-    return Probe(module, evaluation or training or forward, training, context, batch_size_of(batch))
+    differentiates = evaluation is None and training is not None
+    return Probe(module, evaluation or training or forward, training, context, batch_size_of(batch), differentiates)
 
 
 def _step(module: nn.Module, name: str, batch: Any) -> Callable[[], Any] | None:
@@ -94,10 +111,8 @@ def overrides(module: nn.Module, name: str) -> bool:
 def call_step(step: Callable[..., Any], batch: Any, batch_index: int, loader_index: int = 0) -> Any:
     """Call a step with those of (batch, batch_idx, dataloader_idx) that it takes."""
     names = list(inspect.signature(step).parameters)
-    extra = {"batch_idx": batch_index, "dataloader_idx": loader_index}
-    named = {name: value for name, value in extra.items() if name in names}
-    unnamed = [batch_index] if len(names) > 1 and not named else []
-    return step(batch, *unnamed, **named)
+    arguments = [batch, batch_index, loader_index][: 3 if names[2:3] == ["dataloader_idx"] else min(len(names), 2)]
+    return step(*arguments)
 
 
 def batch_size_of(batch: Any) -> int:
@@ -118,6 +133,8 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
         yield from (t for value in tree.values() for t in tensors_in(value))
     elif isinstance(tree, Sequence) and not isinstance(tree, (str, bytes)):
         yield from (t for value in tree for t in tensors_in(value))
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        yield from tensors_in([getattr(tree, field.name) for field in dataclasses.fields(tree)])
     elif hasattr(tree, "__dict__") and not isinstance(tree, (nn.Module, type)):
         yield from tensors_in(vars(tree))
 
@@ -157,36 +174,49 @@ def untouched(module: nn.Module, except_for: Iterable[nn.Module] = ()) -> Iterat
             child.training = mode
 
 
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"_trainer", "_fabric"}
+
+
 def _is_state(name: str, value: Any) -> bool:
     # nn.Module keeps its parameters, hooks and children in underscored dicts of its own; Lightning its trainer.
     return name not in _MODULE_INTERNALS and isinstance(value, (*_CONTAINERS, Tensor, int, float, str, type(None)))
 
 
-_MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"_trainer", "_fabric"}
+def _own_attributes(module: nn.Module) -> dict[str, tuple[Any, Restore]]:
+    """Each plain attribute of ``module``, and how to bring back its content."""
+    return {name: (value, _restorer(value)) for name, value in vars(module).items() if _is_state(name, value)}
 
 
-def _own_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Each plain attribute of ``module`` with a copy of its content (containers one level deep)."""
-    return {
-        name: (value, value.detach().clone() if isinstance(value, Tensor) else copy.copy(value))
-        for name, value in vars(module).items()
-        if _is_state(name, value)
-    }
-
-
-def _put_back(module: nn.Module, saved: dict[str, tuple[Any, Any]]) -> None:
+def _put_back(module: nn.Module, saved: dict[str, tuple[Any, Restore]]) -> None:
     for name in [n for n, value in vars(module).items() if _is_state(n, value) and n not in saved]:
         delattr(module, name)
-    for name, (original, content) in saved.items():
-        if isinstance(original, Tensor):
-            with torch.no_grad():
-                original.copy_(content)
-        elif isinstance(original, list):
-            original[:] = content
-        elif isinstance(original, (dict, set)):
-            original.clear()
-            original.update(content)
+    for name, (original, restore) in saved.items():
+        restore()
         vars(module)[name] = original
+
+
+def _restorer(value: Any) -> Restore:
+    """A function that gives a tensor or container, nested ones too, the content that it has now."""
+    if isinstance(value, Tensor):
+        content = value.detach().clone()
+        return lambda: _refill_tensor(value, content)
+    if not isinstance(value, _CONTAINERS):
+        return lambda: None
+    items = list(value.items()) if isinstance(value, dict) else list(value)
+    inner = [_restorer(item) for item in (value.values() if isinstance(value, dict) else items)]
+
+    def restore() -> None:
+        value.clear()
+        value.extend(items) if isinstance(value, (list, deque)) else value.update(items)
+        for refill in inner:
+            refill()
+
+    return restore
+
+
+def _refill_tensor(tensor: Tensor, content: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(content)
 
 
 @contextlib.contextmanager
@@ -207,11 +237,15 @@ def captured_log(module: nn.Module) -> Iterator[Log]:
     """Collect what ``self.log`` and ``self.log_dict`` are given, by name, instead of letting it reach the Trainer."""
     log: Log = {}
 
-    def log_one(name: str, value: Any, *_: Any, **__: Any) -> None:
-        log[name] = value
+    def log_one(
+        name: str, value: Any, *_: Any, reduce_fx: Any = "mean", batch_size: int | None = None,
+        add_dataloader_idx: bool = True, **__: Any,
+    ) -> None:  # fmt: skip
+        log[name] = Logged(value, reduce_fx, batch_size, add_dataloader_idx)
 
-    def log_many(values: Mapping[str, Any], *_: Any, **__: Any) -> None:
-        log.update(values)
+    def log_many(values: Mapping[str, Any], *_: Any, **options: Any) -> None:
+        for name, value in values.items():
+            log_one(name, value, **options)
 
     if not hasattr(module, "log"):
         yield log
@@ -235,12 +269,18 @@ def _muted(trainer: Any) -> Iterator[None]:
 
 
 class _NoOptimizer:
-    """Stands in for an optimizer, scheduler or toggling call of manual optimization: takes any call, does nothing."""
+    """Stands in for an optimizer or scheduler of manual optimization: takes any call, also as a context."""
 
     param_groups: Sequence[dict[str, Any]] = ({"lr": 0.0, "params": []},)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return lambda *_, **__: None
+        return lambda *_, **__: self
+
+    def __enter__(self) -> "_NoOptimizer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        return None
 
 
 @contextlib.contextmanager
@@ -266,7 +306,7 @@ def sample_batch(loader: Any) -> Any:
     """A small batch for looking at the model, drawn without disturbing a map-style loader; else its first batch."""
     with isolate_rng():
         batch = collated_samples(loader)
-        return next(iter(loader)) if batch is None else batch
+        return next(iter(loader), None) if batch is None else batch
 
 
 def collated_samples(loader: Any, samples: int = 8) -> Any:
@@ -278,6 +318,8 @@ def collated_samples(loader: Any, samples: int = 8) -> Any:
     dataset: Any = getattr(loader, "dataset", None)
     collate, size = getattr(loader, "collate_fn", None), getattr(loader, "batch_size", None)
     if collate is None or size is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        return None
+    if len(dataset) == 0:
         return None
     indices = list(range(min(samples, size, len(dataset))))
     fetch = getattr(dataset, "__getitems__", None)

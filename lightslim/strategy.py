@@ -2,14 +2,16 @@
 
 import contextlib
 import math
+import weakref
 from collections.abc import Collection
 from typing import Any, ClassVar
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightslim.errors import CompressionError, did_you_mean
-from lightslim.infit import refuse_sharded
+from lightslim.infit import refuse_masks, refuse_sharded
 from lightslim.steps import replaced
 from lightslim.surgery import CHECKPOINT_KEY, conform, structure
 
@@ -45,6 +47,7 @@ class CompressionStrategy(Callback):
         self.history: list[dict[str, Any]] = []
         self._named = name is not None
         self._begun = self._ended = False
+        self._acted_on: weakref.ref[LightningModule] | None = None
         self._traces = contextlib.ExitStack()
 
     @property
@@ -82,9 +85,18 @@ class CompressionStrategy(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             refuse_sharded(trainer)
+            refuse_masks(trainer)
             self._check_schedule(trainer)
+            self._forget_other(pl_module)
         if self is _first_strategy(trainer):
             self._traces.enter_context(_structured_checkpoints(pl_module))
+
+    def _forget_other(self, module: LightningModule) -> None:
+        """Start afresh on a module that this strategy has not acted on; a resumed run brings its state after this."""
+        if self._acted_on is None or self._acted_on() is not module:
+            self._begun = self._ended = False
+            self.history = []
+            self._acted_on = weakref.ref(module)
 
     def _check_schedule(self, trainer: Trainer) -> None:
         # A single debugging batch is no run: what would act later stays idle.
@@ -100,7 +112,8 @@ class CompressionStrategy(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._begun:
             return
-        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        batches = trainer.num_training_batches  # infinite for a stream
+        steps = 0 if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
         if 0 <= trainer.max_steps <= self.start_epoch * steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise CompressionError(
                 f"{self.name}: training ends after {trainer.max_steps} steps, before start_epoch {self.start_epoch}: "
@@ -117,6 +130,13 @@ class CompressionStrategy(Callback):
         if self._begun and not self._ended and self.end_epoch is not None and epoch >= self.end_epoch:
             self._note(trainer, self.finish(trainer, pl_module))
             self._ended = True
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._begun and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"{self.name} never acted: training ended in epoch {trainer.current_epoch}, before {self.start_epoch}"
+            )
 
     def _note(self, trainer: Trainer, record: dict[str, Any] | None) -> None:
         if record is not None:

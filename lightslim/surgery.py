@@ -78,18 +78,20 @@ def plan(module: nn.Module, graph: Graph, kept: Kept) -> Cut:
         Slice(slot.tensor, slot.dim, len(positions), tuple(positions.nonzero().flatten().tolist()))
         for slot, positions in masks_of(graph.slots, kept).items()
     )
-    shapes = {name: tensor.shape for name, tensor in _tensors(module).items()}
-    return Cut(slices, tuple(_rewrites(module, _shapes_after(shapes, slices))))
+    return Cut(slices, tuple(_rewrites(module, _shapes_after(module, slices))))
 
 
 def parameters_after(module: nn.Module, cut: Cut) -> int:
     """How many parameters ``module`` will have after ``cut``."""
-    shapes = _shapes_after({name: tensor.shape for name, tensor in _tensors(module).items()}, cut.slices)
+    shapes = _shapes_after(module, cut.slices)
     return sum(math.prod(shapes[name]) for name, _ in module.named_parameters())
 
 
-def _shapes_after(shapes: Mapping[str, torch.Size], slices: Iterable[Slice]) -> dict[str, list[int]]:
-    after = {name: list(shape) for name, shape in shapes.items()}
+def _shapes_after(module: nn.Module, slices: Iterable[Slice]) -> dict[str, list[int]]:
+    """Shapes by name; the names of a shared tensor share theirs."""
+    tensors = _tensors(module)
+    shapes = {id(tensor): list(tensor.shape) for tensor in tensors.values()}
+    after = {name: shapes[id(tensor)] for name, tensor in tensors.items()}
     for item in slices:
         after[item.tensor][item.dim] = len(item.kept)
     return after
@@ -98,7 +100,11 @@ def _shapes_after(shapes: Mapping[str, torch.Size], slices: Iterable[Slice]) -> 
 def _rewrites(module: nn.Module, shapes: Mapping[str, list[int]]) -> Iterator[Rewrite]:
     for path, child in module.named_modules():
         prefix = f"{path}." if path else ""
-        own = {name: shapes[prefix + name] for name in (*child._parameters, *child._buffers) if prefix + name in shapes}
+        own = {
+            name: shapes[prefix + name]
+            for name in (*child._parameters.keys(), *child._buffers.keys())
+            if prefix + name in shapes
+        }
         for attribute, value in sizes_from_shapes(child, own).items():
             before = getattr(child, attribute)
             if before != value:
@@ -173,6 +179,12 @@ def _cut_tensor(tensor: Tensor, slices: Iterable[Slice]) -> Tensor:
 
 def cut_optimizer_state(optimizer: Optimizer, parameter: Tensor, slices: Iterable[Slice]) -> None:
     """Cut the optimizer's memory of ``parameter`` like the parameter, whose old shape is still in place."""
+    if hasattr(optimizer, "_numel_cache"):  # LBFGS keeps one flat history of all parameters
+        if optimizer.state:
+            _warn_dropped(optimizer, {"the history of all parameters": ()})
+        optimizer.state.clear()
+        optimizer._numel_cache = None
+        return
     state = optimizer.state.get(parameter)
     if not state:
         return
@@ -216,8 +228,18 @@ def conform(module: nn.Module, state_dict: Mapping[str, Tensor], record: Mapping
         if list(tensors[name].shape) != shape and len(shape) == tensors[name].ndim:
             tensors[name].data = tensors[name].data.new_empty(shape)
             tensors[name].grad = None
+    _cut_what_is_not_saved(module, set(shapes), cuts)
     _rewrite(module, {**read_off, **recorded})
     _CUTS[module] = cuts
+
+
+def _cut_what_is_not_saved(module: nn.Module, saved: set[str], cuts: list[Cut]) -> None:
+    """Buffers that checkpoints leave out (``persistent=False``) lose the positions that the cuts took from them."""
+    done = cuts_of(module)
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name not in saved}
+    for item in (item for cut in cuts[len(done) :] if cuts[: len(done)] == done for item in cut.slices):
+        if item.tensor in buffers:
+            buffers[item.tensor].data = _cut_tensor(buffers[item.tensor].data, [item])
 
 
 def structure(module: nn.Module) -> dict[str, Any]:

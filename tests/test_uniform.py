@@ -1,10 +1,13 @@
 """Uniform pruning: targets, widths, patterns, refusals, on plain modules."""
 
+import copy
+import dataclasses
+import itertools
 import warnings
 
 import pytest
 import torch
-from nets import randomize
+from nets import masked, outputs, randomize
 from torch import nn
 
 from experiments.models import MobileNetV1, ResNet20
@@ -14,6 +17,7 @@ from lightslim.graph import record
 from lightslim.prune import find_groups, prune
 from lightslim.prune.widths import Rounding
 from lightslim.steps import forward_probe
+from lightslim.surgery import cuts_of
 
 X = torch.zeros(2, 1, 28, 28)
 
@@ -145,3 +149,125 @@ def test_nan_weights_are_refused_by_name():
         net.layer2[0].conv1.weight[0, 0] = float("nan")
     with pytest.raises(CompressionError, match=r"layer2\.0\.conv1\.weight holds NaN"):
         prune(net, X, 0.5)
+
+
+def _net(forward, width: int = 16) -> nn.Module:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, width, 3), nn.Conv2d(width, 24, 3), nn.Conv2d(24, 4, 3)
+
+        def forward(self, x):
+            return self.c(self.b(forward(self.a(x).relu())).relu())
+
+    return randomize(Odd())
+
+
+ODD = {
+    "branch on the width": lambda h: h * 0 if h.shape[1] != 16 else h,
+    "positions counted": lambda h: h * torch.arange(h.shape[1]).view(1, -1, 1, 1),
+    "linspace": lambda h: h * torch.linspace(0.5, 1.5, h.shape[1]).view(1, -1, 1, 1),
+    "rolled": lambda h: torch.roll(h.flatten(1), 1).view_as(h),
+    "sum of gates": lambda h: h * h.sigmoid().sum(1, keepdim=True),
+    "mean by hand": lambda h: h * (h.sum(1, keepdim=True) / h.shape[1]),
+    "scaled by the width": lambda h: h * h.shape[1] ** -0.5,
+    "global deviation": lambda h: h / h.std(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:asked to remove")
+@pytest.mark.parametrize("kind", ODD)
+def test_units_that_the_code_counts_or_scales_over_stay(kind):
+    net, x = _net(ODD[kind]), torch.rand(2, 3, 9, 9)
+    original = copy.deepcopy(net)
+    report = prune(net, x, 0.3, round_to=1)
+    assert net.a.out_channels == 16
+    assert net.b.out_channels < 24
+    assert any(name == "a.weight" for name, _, _ in report.frozen)
+    torch.testing.assert_close(outputs(net, x), outputs(masked(original, cuts_of(net)[-1]), x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:asked to remove")
+def test_a_loss_network_is_left_alone():
+    class WithCritic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 3, 3))
+            self.critic = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)).requires_grad_(False)
+
+        def forward(self, x):
+            return self.critic(self.net(x)).square().mean()
+
+    net = WithCritic()
+    prune(net, torch.rand(2, 3, 12, 12), 0.2, round_to=1)
+    assert net.net[0].out_channels < 16
+    assert net.critic[0].out_channels == 16
+
+
+@pytest.mark.filterwarnings("ignore:asked to remove")
+def test_layers_that_share_a_weight_shrink_together():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+            self.c.weight = self.b.weight
+            self.head = nn.Linear(32, 2)
+
+        def forward(self, x):
+            return self.head(self.c(self.b(self.a(x)).relu()).relu())
+
+    net = Tied()
+    prune(net, torch.rand(4, 4), 0.5)
+    assert net.c.weight is net.b.weight
+    assert net.c.in_features == net.c.out_features == net.b.in_features == net.c.weight.shape[0] < 32
+
+
+@dataclasses.dataclass(slots=True)
+class Result:
+    logits: torch.Tensor
+    features: torch.Tensor
+
+
+@pytest.mark.filterwarnings("ignore:asked to remove")
+def test_outputs_in_slots_are_outputs():
+    class Slotted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.hidden, self.head = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 2)
+
+        def forward(self, x):
+            features = self.hidden(self.a(x).relu())
+            return Result(self.head(features), features)
+
+    net = Slotted()
+    prune(net, torch.rand(4, 4), 0.2, round_to=1)
+    assert net(torch.rand(4, 4)).features.shape == (4, 16)
+    assert net.a.out_features < 16
+
+
+@pytest.mark.parametrize("target", [0.2, 0.5])
+def test_a_target_that_some_widths_reach_is_reached(target):
+    widths = [3, 64, 64, 64, 4]
+    net = nn.Sequential(*(nn.Conv2d(a, b, 3) for a, b in itertools.pairwise(widths)))
+    assert prune(net, torch.zeros(2, 3, 12, 12), target).flops_removed == pytest.approx(target, abs=0.01)
+
+
+class Dropped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.drop, self.b = nn.Conv2d(3, 16, 3), nn.Dropout2d(0.5), nn.Conv2d(16, 4, 3)
+        self.up = nn.ConvTranspose2d(16, 32, 2, groups=16)
+        self.c = nn.Conv2d(32, 4, 1)
+
+    def forward(self, x):
+        h = self.drop(torch.add(self.a(x), 0.0, out=None))
+        mask = torch.tril(torch.ones(h.shape[-1], h.shape[-1]))
+        return self.b(h @ mask), self.c(self.up(h))
+
+
+def test_dropout_masks_and_depthwise_transposed_layers_are_no_obstacle():
+    net = Dropped()
+    report = prune(net, torch.rand(2, 3, 8, 8), 0.5, round_to=1)
+    assert net.a.out_channels == net.up.in_channels == net.up.groups < 16
+    assert net.up.out_channels == net.c.in_channels == 2 * net.up.groups
+    assert report.flops_removed == pytest.approx(0.5, abs=0.05)

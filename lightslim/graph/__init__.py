@@ -1,6 +1,6 @@
 """Look at a model: record one step, unify axes, find the groups of units that live or die together."""
 
-from lightslim.graph.axes import Axis
+from lightslim.graph.axes import Axis, leaves
 from lightslim.graph.groups import FrozenGroup, Graph, Group, Kept, Slot, kept_sizes, masks_of, record
 from lightslim.graph.trace import ShapeTrace, disagreement
 
@@ -14,6 +14,7 @@ __all__ = [
     "Slot",
     "disagreement",
     "kept_sizes",
+    "leaves",
     "masks_of",
     "record",
 ]

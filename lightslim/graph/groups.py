@@ -73,6 +73,7 @@ class Graph:
         slots: every dimension of every parameter and buffer that some op used.
         work: FLOPs by op, of one evaluation step.
         parameters: the names of all parameters.
+        untrained: those without gradient, in a model where others have one.
         unreached: parameters that no run used; they are left alone.
         unknown: ops without a rule.
         batch_size: samples in the recorded step.
@@ -84,6 +85,7 @@ class Graph:
     slots: tuple[Slot, ...]
     work: tuple[Work, ...]
     parameters: tuple[str, ...]
+    untrained: frozenset[str]
     unreached: tuple[str, ...]
     unknown: tuple[str, ...]
     batch_size: int
@@ -131,16 +133,18 @@ def record(probe: Probe) -> Graph:
     """
     book = Recorder(probe.module)
     traces: dict[bool, Sequence[Made]] = {}
+    used: set[str] = set()
     for training in (False, True) if probe.train else (False,):
         book.counting = not training
         traces[training] = book.trace = []
         with book.watching():
             output, _ = probe.run(training)
             book.protect(output)
-    return _graph(book, probe, traces)
+        used = used or set(book.reached)
+    return _graph(book, probe, traces, used)
 
 
-def _graph(book: Recorder, probe: Probe, traces: Mapping[bool, Sequence[Made]]) -> Graph:
+def _graph(book: Recorder, probe: Probe, traces: Mapping[bool, Sequence[Made]], used: set[str]) -> Graph:
     reached = [name for name in book.tensors if name in book.reached]
     slots = [Slot(name, dim, axis) for name in reached for dim, axis in enumerate(book.reached[name])]
     by_leaf: dict[Axis, list[Slot]] = {}
@@ -153,7 +157,7 @@ def _graph(book: Recorder, probe: Probe, traces: Mapping[bool, Sequence[Made]]) 
     groups, frozen = [], []
     for leaf, owned in by_leaf.items():
         weights = [slot for slot in owned if slot.tensor in parameters and parameters[slot.tensor].ndim > 1]
-        reason = leaf.frozen or _not_units(leaf, weights, read)
+        reason = leaf.frozen or _not_units(leaf, weights, read, used)
         if reason is None:
             groups.append(Group(_layer(weights), leaf, tuple(owned), tuple(weights)))
         elif reason != KERNEL:
@@ -164,6 +168,7 @@ def _graph(book: Recorder, probe: Probe, traces: Mapping[bool, Sequence[Made]]) 
         slots=tuple(slots),
         work=tuple(book.work),
         parameters=tuple(parameters),
+        untrained=_untrained(parameters),
         unreached=tuple(name for name in parameters if name not in book.reached),
         unknown=tuple(sorted(book.unknown)),
         batch_size=probe.batch_size,
@@ -171,10 +176,17 @@ def _graph(book: Recorder, probe: Probe, traces: Mapping[bool, Sequence[Made]]) 
     )
 
 
-def _not_units(leaf: Axis, weights: list[Slot], read: set[Axis]) -> str | None:
+def _not_units(leaf: Axis, weights: list[Slot], read: set[Axis], used: set[str]) -> str | None:
     if not weights:
         return "no weight makes these units"
+    if not any(slot.tensor in used for slot in weights):
+        return "used in training only: cutting it would save nothing"
     return None if leaf in read else "no later layer reads these units: an output"
+
+
+def _untrained(parameters: Mapping[str, Tensor]) -> frozenset[str]:
+    without = frozenset(name for name, parameter in parameters.items() if not parameter.requires_grad)
+    return without if len(without) < len(parameters) else frozenset()
 
 
 def _layer(weights: list[Slot]) -> str:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightslim.graph.axes import Axis, freeze
-from lightslim.graph.rules import pointwise
+from lightslim.graph.rules import fresh, pointwise
 from lightslim.graph.table import RULES
 from lightslim.graph.trace import Made
 from lightslim.steps import tensors_in
@@ -130,8 +130,12 @@ class Recorder(TorchDispatchMode):
         for tensor in ins:
             _ = self[tensor]
         self._inherit_origin(ins, outs)
-        rule = _rule_for(func)
-        if rule is not None:
+        rule = fresh if _in_backward() else _rule_for(func)
+        arguments.pop("out", None)
+        if rule is fresh:
+            for tensor in outs:
+                fresh(self, tensor)
+        elif rule is not None:
             rule(self, out, func=func, **arguments)
         elif ins:
             self._distrust(func, ins, outs)
@@ -162,6 +166,11 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _name(func: Any) -> str:
     return str(func.overloadpacket.__name__)
+
+
+def _in_backward() -> bool:
+    """Whether autograd is differentiating: gradients have the shapes of what was recorded on the way forward."""
+    return torch._C._current_autograd_node() is not None
 
 
 def _rule_for(func: Any) -> Callable[..., None] | None:

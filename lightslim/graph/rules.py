@@ -68,6 +68,11 @@ def loss(book: "Recorder", out: Tensor, self: Tensor, target: Tensor, **_: Any) 
         book[out] = compared
 
 
+def fresh(book: "Recorder", out: Tensor, **_: Any) -> None:
+    """A new tensor whose size says nothing yet: what it meets decides, and the trial checks that it follows."""
+    book[out] = [Axis(size) for size in out.shape]
+
+
 def embedding(book: "Recorder", out: Tensor, weight: Tensor, indices: Tensor, **_: Any) -> None:
     """Rows are chosen by number, so they stay; the width is an axis."""
     freeze(book[weight][0], "rows read by index")
@@ -86,12 +91,14 @@ def convolution(
 ) -> None:
     """Input channels meet the weight's; both sides are groups x rest, and only a depthwise layer can lose groups."""
     first, second = book[weight][:2]
-    depthwise = weight.shape[1] == 1
+    depthwise = weight.shape[0] == groups if transposed else weight.shape[1] == 1
     group = Axis(groups, None if depthwise or groups == 1 else "the number of convolution groups")
     rest = Axis(
         first.size // groups, "the channel multiplier of a depthwise layer" if depthwise and groups > 1 else None
     )
     unify(first, product((group, rest)))
+    if transposed and depthwise and groups > 1:
+        freeze(second, "the channel multiplier of a depthwise layer")
     grouped = product((group, second))
     channels_in, channels_out = (first, grouped) if transposed else (grouped, first)
     lead, space = len(out.shape) - len(weight.shape) + 1, out.shape[-len(weight.shape) + 2 :]
@@ -190,8 +197,8 @@ def reduce(
 
 def along(book: "Recorder", out: Any, func: Any, self: Tensor, **arguments: Any) -> None:
     """Ops that mix or reorder the positions of some dimensions (softmax, sort, flip ...): those dimensions stay."""
-    dims = next((arguments[name] for name in ("dim", "dims") if name in arguments), range(self.ndim))
-    fixed_dims = {d % self.ndim for d in _flat([dims])} if self.ndim else set()
+    dims = next((arguments[name] for name in ("dim", "dims") if arguments.get(name) not in (None, [])), None)
+    fixed_dims = set(range(self.ndim)) if dims is None else {d % self.ndim for d in _flat([dims]) if self.ndim}
     for d in fixed_dims:
         freeze(book[self][d], f"its positions are mixed by {func.overloadpacket.__name__}")
     for result in _flat([out]):

@@ -14,6 +14,7 @@ FAMILIES: dict[rules.Rule, str] = {
         _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
         _scaled_dot_product_fused_attention_overrideable
     """,
+    rules.fresh: "new_empty new_zeros new_ones new_full new_empty_strided",
     rules.embedding: "embedding",
     rules.batch_norm: """
         native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm

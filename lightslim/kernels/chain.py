@@ -40,7 +40,8 @@ def straight_through(grad: Tensor, kept: Kept, axis: int | None, strides: tuple[
         return passed
     lower, upper = (along(bound, x, axis) for bound in bounds(*wide(x, amax, amin)))
     if x.dtype in HALVES:
-        return grad.masked_fill((x < lower) | (x > upper), 0)
+        full = x.float()
+        return grad.masked_fill((full < lower) | (full > upper), 0)
     # A threshold on the distance to the bound: half the time of a comparison, a mask and a fill
     distances = [x.abs().neg_().add_(upper)] if amin is None else [x - lower, upper - x]
     for distance in distances:

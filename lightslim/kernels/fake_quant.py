@@ -23,8 +23,8 @@ def fake_quant(
     """Each element of ``x`` as the nearest value that a ``bits``-bit integer and a scale can hold.
 
     Symmetric as in PaddleSlim: ``round(clamp(x, -amax, amax) * R / amax) * amax / R`` with ``R = 2**(bits-1) - 1``,
-    halves rounded to even, half types worked out in float32. The gradient is straight-through: it passes where ``x`` lies in
-    the range, bounds included, and is zero where ``x`` was clipped; the range itself gets none.
+    halves rounded to even, half types worked out in float32. The gradient is straight-through: it passes where ``x``
+    lies in the range, bounds included, and is zero where ``x`` was clipped; the range itself gets none.
 
     NaN stays NaN and passes its gradient. A range of zero (or below ``2**-100``) gives zeros; one of NaN or
     infinity gives NaN.

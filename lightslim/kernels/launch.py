@@ -108,6 +108,9 @@ def _walk(kernel: Any, x: Tensor, axis: int | None, block: int, *arguments: Any,
     """Launch a kernel that goes through ``x`` in memory order and knows where each channel lies."""
     grid, inner, count = arguments[-1], 1 if axis is None else x.stride(axis), x.numel()
     by = "tensor" if axis is None else "row" if inner >= LONG_ROW else "element"
+    if by == "element":
+        # Each element holds a grid of its own, which takes registers
+        block //= 4
     padded = count // inner * triton.cdiv(inner, block) * block if by == "row" else count
     _launch(kernel, x, padded, block, *arguments, grid.shape[1], inner, count, BY=by, **options)
 

@@ -45,6 +45,7 @@ def straight_through_reference(
         [0.0, 1.0, 1.0, 0.0]
     """
     lower, upper = bounds(along(amax.double(), x, axis), amin if amin is None else along(amin.double(), x, axis))
+    x = x.double()
     return grad.masked_fill((x < lower) | (x > upper), 0)
 
 

@@ -81,8 +81,9 @@ def write(target: tl.tensor, value: tl.tensor, left: tl.tensor, BLOCK: tl.conste
 
 
 @triton.jit
-def on_grid(value: tl.tensor, inverse: tl.tensor, step: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
+def on_grid(value: tl.tensor, rounding: tuple[tl.tensor, ...]) -> tl.tensor:
     """The nearest value on the grid; saturation is exact because clamping comes before rounding."""
+    inverse, step, low, high = rounding
     code = tl.clamp(value * inverse, low, high, propagate_nan=tl.PropagateNan.ALL)
     return ((code + ROUND) - ROUND) * step
 
@@ -102,7 +103,9 @@ def unpack(packed: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def locate(channels: tl.tensor, inner: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr, BY: tl.constexpr) -> tuple[tl.tensor, ...]:
+def locate(
+    channels: tl.tensor, inner: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr, BY: tl.constexpr
+) -> tuple[tl.tensor, ...]:
     """Where the block of this program starts, how many elements are left from there on, and their channel.
 
     BY "tensor" there is one channel; BY "row" a block stays within a row of ``inner`` elements and has the channel of
@@ -112,27 +115,28 @@ def locate(channels: tl.tensor, inner: tl.tensor, count: tl.tensor, BLOCK: tl.co
     if BY == "row":
         blocks = tl.cdiv(inner, BLOCK)
         row, within = block // blocks, block % blocks * BLOCK
-        return row * inner + within, inner - within, row % channels
-    start = block * BLOCK
-    if BY == "tensor":
-        return start, count - start, 0
-    # The remainder fits 32 bits, whose divisions are several times faster
-    position = (start % (inner * channels)).to(tl.int32) + tl.arange(0, BLOCK)
-    return start, count - start, position // inner % channels
+        start, left, channel = row * inner + within, inner - within, row % channels
+    elif BY == "element":
+        start = block * BLOCK
+        # The remainder fits 32 bits, whose divisions are several times faster
+        position = (start % (inner * channels)).to(tl.int32) + tl.arange(0, BLOCK)
+        left, channel = count - start, position // inner % channels
+    else:
+        start = block * BLOCK
+        left, channel = count - start, 0
+    return start, left, channel
 
 
 @triton.jit
 def _quantize_block(
-    x: tl.tensor, y: tl.tensor, clipped: tl.tensor, peak: tl.tensor, grid: tl.tensor, channels: tl.tensor,
-    left: tl.tensor, BLOCK: tl.constexpr, WHOLE: tl.constexpr, KEEP: tl.constexpr, PEAK: tl.constexpr,
+    x: tl.tensor, y: tl.tensor, clipped: tl.tensor, peak: tl.tensor, rounding: tuple[tl.tensor, ...],
+    bounds: tuple[tl.tensor, ...], left: tl.tensor, BLOCK: tl.constexpr, WHOLE: tl.constexpr, KEEP: tl.constexpr,
+    PEAK: tl.constexpr,
 ) -> None:  # fmt: skip
-    inverse, step = tl.load(grid), tl.load(grid + channels)
-    low, high = tl.load(grid + 2 * channels), tl.load(grid + 3 * channels)
     value = read(x, left, BLOCK, WHOLE).to(tl.float32)
-    write(y, on_grid(value, inverse, step, low, high), left, BLOCK, WHOLE)
+    write(y, on_grid(value, rounding), left, BLOCK, WHOLE)
     if KEEP:
-        outside = is_clipped(value, grid, channels)
-        write(clipped, pack(outside, BLOCK), (left + 7) // 8, BLOCK // 8, WHOLE)
+        write(clipped, pack(is_clipped(value, bounds), BLOCK), (left + 7) // 8, BLOCK // 8, WHOLE)
     if PEAK:
         # Magnitudes order as their bit patterns do, and NaN comes above infinity
         magnitude = tl.abs(value).to(tl.int32, bitcast=True)
@@ -140,9 +144,23 @@ def _quantize_block(
 
 
 @triton.jit
-def is_clipped(value: tl.tensor, grid: tl.tensor, channels: tl.tensor) -> tl.tensor:
-    """Whether ``value`` lies outside the bounds of its range, which NaN does not."""
-    return (value < tl.load(grid + 4 * channels)) | (value > tl.load(grid + 5 * channels))
+def is_clipped(value: tl.tensor, bounds: tuple[tl.tensor, ...]) -> tl.tensor:
+    """Whether ``value`` lies outside its range, which NaN does not."""
+    return (value < bounds[0]) | (value > bounds[1])
+
+
+@triton.jit
+def load_rounding(grid: tl.tensor, channels: tl.tensor) -> tuple[tl.tensor, ...]:
+    """Inverse, step, lowest and highest code."""
+    return (
+        tl.load(grid), tl.load(grid + channels), tl.load(grid + 2 * channels), tl.load(grid + 3 * channels),
+    )  # fmt: skip
+
+
+@triton.jit
+def load_bounds(grid: tl.tensor, channels: tl.tensor) -> tuple[tl.tensor, ...]:
+    """The lowest and the highest value that is not clipped."""
+    return tl.load(grid + 4 * channels), tl.load(grid + 5 * channels)
 
 
 @triton.jit
@@ -152,11 +170,12 @@ def quantize(
 ) -> None:  # fmt: skip
     """``y`` is ``x`` on its grid; KEEP packs what was clipped into bits, PEAK finds the largest magnitude."""
     start, left, channel = locate(channels, inner, count, BLOCK, BY)
-    x, y, clipped, grid = x + start, y + start, clipped + start // 8, grid + channel
+    rounding, bounds = load_rounding(grid + channel, channels), load_bounds(grid + channel, channels)
+    x, y, clipped = x + start, y + start, clipped + start // 8
     if left >= BLOCK:
-        _quantize_block(x, y, clipped, peak, grid, channels, left, BLOCK, True, KEEP, PEAK)
+        _quantize_block(x, y, clipped, peak, rounding, bounds, left, BLOCK, True, KEEP, PEAK)
     else:
-        _quantize_block(x, y, clipped, peak, grid, channels, left, BLOCK, False, KEEP, PEAK)
+        _quantize_block(x, y, clipped, peak, rounding, bounds, left, BLOCK, False, KEEP, PEAK)
 
 
 @triton.jit
@@ -180,10 +199,10 @@ def pass_marked(grad: tl.tensor, clipped: tl.tensor, out: tl.tensor, count: tl.t
 
 @triton.jit
 def _pass_inside_block(
-    grad: tl.tensor, x: tl.tensor, out: tl.tensor, grid: tl.tensor, channels: tl.tensor, left: tl.tensor,
+    grad: tl.tensor, x: tl.tensor, out: tl.tensor, bounds: tuple[tl.tensor, ...], left: tl.tensor,
     BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ) -> None:  # fmt: skip
-    outside = is_clipped(read(x, left, BLOCK, WHOLE).to(tl.float32), grid, channels)
+    outside = is_clipped(read(x, left, BLOCK, WHOLE).to(tl.float32), bounds)
     write(out, tl.where(outside, 0.0, read(grad, left, BLOCK, WHOLE)), left, BLOCK, WHOLE)
 
 
@@ -194,8 +213,9 @@ def pass_inside(
 ) -> None:  # fmt: skip
     """The straight-through gradient, by the input itself."""
     start, left, channel = locate(channels, inner, count, BLOCK, BY)
-    grad, x, out, grid = grad + start, x + start, out + start, grid + channel
+    bounds = load_bounds(grid + channel, channels)
+    grad, x, out = grad + start, x + start, out + start
     if left >= BLOCK:
-        _pass_inside_block(grad, x, out, grid, channels, left, BLOCK, True)
+        _pass_inside_block(grad, x, out, bounds, left, BLOCK, True)
     else:
-        _pass_inside_block(grad, x, out, grid, channels, left, BLOCK, False)
+        _pass_inside_block(grad, x, out, bounds, left, BLOCK, False)

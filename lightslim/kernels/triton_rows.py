@@ -32,12 +32,12 @@ def _quantize_row(
     x: tl.tensor, y: tl.tensor, columns: tl.tensor, levels: tl.tensor, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
 ) -> None:
     inverse, step = row_grid(_peak(x, columns, BLOCK, ALIGNED), levels)
-    high = levels * 1.0
+    rounding = (inverse, step, -levels * 1.0, levels * 1.0)
     for start in range(0, columns, BLOCK):
         at = _positions(start, BLOCK, ALIGNED)
         # The row was read a moment ago: this read comes from a cache
         value = tl.load(x + at, mask=at < columns, other=0.0).to(tl.float32)
-        tl.store(y + at, on_grid(value, inverse, step, -high, high).to(y.dtype.element_ty), mask=at < columns)
+        tl.store(y + at, on_grid(value, rounding).to(y.dtype.element_ty), mask=at < columns)
 
 
 @triton.jit

@@ -49,6 +49,8 @@ class StructurePruner:
         spared = {name for pattern in ignore for name in select(pattern, names, "ignore")}
         owners = [(group, {slot.tensor for slot in group.slots if self._ranks(slot)}) for group in graph]
         groups = [group for group, owned in owners if owned & named and not owned & spared]
+        if pruned_params == "*":  # weights that do not train (a loss network, say) stay unless they are named
+            groups = [group for group in groups if not {slot.tensor for slot in group.weights} <= graph.untrained]
         if not groups:
             raise CompressionError(
                 f"pruned_params: {pruned_params!r} names nothing that can lose units{_why(graph, named)}"

@@ -20,6 +20,7 @@ class PruneReport:
         ratio: the common ratio behind the widths.
         target_ratio: the share of FLOPs that was asked for.
         frozen: what could not lose units: (first tensor, units, reason).
+        unused: trainable parameters that neither step uses.
     """
 
     flops: tuple[int, int]
@@ -29,6 +30,7 @@ class PruneReport:
     ratio: float
     target_ratio: float
     frozen: tuple[tuple[str, int, str], ...]
+    unused: tuple[str, ...] = ()
 
     @property
     def flops_removed(self) -> float:

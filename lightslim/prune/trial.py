@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from lightslim.graph import Graph, Group, Kept, ShapeTrace, disagreement, kept_sizes
+from lightslim.prune.neutral import changed_result
 from lightslim.steps import Probe
 from lightslim.surgery import apply, plan
 
@@ -39,11 +40,12 @@ def _failure(graph: Graph, probe: Probe, groups: Sequence[Group], kept: Kept) ->
     chosen = {group.axis: kept[group.axis] for group in groups}
     undo = apply(probe.module, plan(probe.module, graph, chosen))
     try:
-        return next(filter(None, (_odd_run(graph, probe, mode, chosen) for mode in graph.traces)), None)
+        odd = next(filter(None, (_odd_run(graph, probe, mode, chosen) for mode in graph.traces)), None)
     except Exception as error:  # whatever the user's code raises when a size is not what it expects
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     finally:
         undo()
+    return odd or changed_result(graph, probe, chosen)
 
 
 def _odd_run(graph: Graph, probe: Probe, training: bool, kept: Kept) -> str | None:

@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightslim.errors import CompressionError
 from lightslim.graph import Graph, Kept, kept_sizes, record
 from lightslim.infit import cut_in_fit, evaluate, logged_names, probe_of
-from lightslim.patterns import select
+from lightslim.patterns import check_pattern, select
 from lightslim.prune.pruner import StructurePruner
 from lightslim.prune.report import PruneReport, frozen_report, layers_report, units_report
 from lightslim.prune.trial import feasible
@@ -48,6 +48,8 @@ class UniformPruning:
             raise CompressionError(
                 f"target_ratio is {self.target_ratio}; it is the share of FLOPs to remove and must lie between 0 and 1"
             )
+        for argument, pattern in (("pruned_params", self.pruned_params), *(("ignore", one) for one in self.ignore)):
+            check_pattern(pattern, argument)
 
     def plan(self, probe: Probe) -> tuple[Cut, PruneReport]:
         """Record the model, choose widths and units, and try the cut; the model is left as it was."""
@@ -79,6 +81,7 @@ class UniformPruning:
             ratio=solution.ratio,
             target_ratio=self.target_ratio,
             frozen=frozen_report(graph),
+            unused=tuple(name for name in graph.unreached if name not in graph.untrained),
         )
 
 
@@ -152,6 +155,7 @@ class UniformPruneStrategy(CompressionStrategy):
         pruned_params: pattern (glob or regular expression) of the parameters whose units may go.
         round_to: layers of ``4 * round_to`` units or more keep a multiple of it: runtimes are faster so.
         min_units: no layer keeps fewer units than this.
+        ignore: patterns of parameters whose units stay although ``pruned_params`` names them.
         name: tells strategies of one class apart.
 
     Raises:
@@ -173,12 +177,13 @@ class UniformPruneStrategy(CompressionStrategy):
         pruned_params: str = "*",
         round_to: int = 8,
         min_units: int = 1,
+        ignore: Sequence[str] = (),
         name: str | None = None,
     ) -> None:
         super().__init__(start_epoch, end_epoch, name)
         rounding = Rounding(round_to, min_units)
         self.metric_name = metric_name
-        self.task = UniformPruning(pruner or StructurePruner(), target_ratio, pruned_params, (), rounding)
+        self.task = UniformPruning(pruner or StructurePruner(), target_ratio, pruned_params, tuple(ignore), rounding)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -191,7 +196,13 @@ class UniformPruneStrategy(CompressionStrategy):
     def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> str:
         probe = probe_of(trainer, pl_module)
         check_metric(self.metric_name, logged_names(trainer, pl_module, probe))
-        return str(self.task.plan(probe)[1])
+        report = self.task.plan(probe)[1]
+        if report.unused:
+            rank_zero_warn(
+                f"{self.name}: no step uses {', '.join(report.unused[:5])} now ({len(report.unused)} parameters in "
+                "all); if a later step does, what feeds it must keep its width: name that in ignore"
+            )
+        return str(report)
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

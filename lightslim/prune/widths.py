@@ -1,14 +1,15 @@
 """How many units each group keeps so that the whole model reaches a FLOPs target."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 from lightslim.errors import CompressionError
 from lightslim.graph import Axis, Graph, Group
 
 TOLERANCE = 0.01
-MANY = 64  # moves beyond which pairs of them are too many to try
+MANY = 64  # moves of which every pair is still tried
 Widths = dict[Axis, int]
 
 
@@ -48,6 +49,11 @@ class Rounding:
         step = self.step(size)
         return self.clip(size, round(size * (1 - ratio) / step) * step)
 
+    def allowed(self, size: int) -> list[int]:
+        """Every width that a group of ``size`` units may have."""
+        step = self.step(size)
+        return sorted({self.clip(size, width) for width in (*range(step, size, step), size)})
+
     def clip(self, size: int, width: int) -> int:
         """``width`` within what a group of ``size`` units may keep."""
         return min(size, max(width, self.step(size), self.min_units))
@@ -65,8 +71,9 @@ class Solution:
 def uniform_widths(graph: Graph, groups: Sequence[Group], target: float, rounding: Rounding) -> Solution:
     """One common ratio for all ``groups``, found by bisection, that removes a share ``target`` of the FLOPs.
 
-    Rounding makes the reachable shares coarse, so groups may then move by a step (or an eighth of their units) as long
-    as that brings the total nearer to the target. The nearest reachable solution is returned, whether or not it hits.
+    Rounding makes the reachable shares coarse, so groups may then move by a step (or an eighth of their units; by more
+    if that is not enough) as long as that brings the total nearer to the target. The nearest solution found is
+    returned, whether or not it hits.
 
     Args:
         graph: the recording that predicts FLOPs.
@@ -87,18 +94,29 @@ def uniform_widths(graph: Graph, groups: Sequence[Group], target: float, roundin
         middle = (low + high) / 2
         low, high = (middle, high) if removed(at(middle)) < target else (low, middle)
     ratio = min((low, high), key=lambda r: abs(removed(at(r)) - target))
-    widths = _settle(at(ratio), groups, target, rounding, removed)
+    widths = start = at(ratio)
+    for reach in (1, 2, 4, 8):  # as near to one common ratio as the target allows
+        widths = _settle(widths, start, groups, target, rounding, reach, removed)
+        if abs(removed(widths) - target) <= TOLERANCE:
+            break
+    else:
+        widths = _of_all(widths, start, groups, target, rounding, removed)
     return Solution(widths, ratio, removed(widths))
 
 
 def _settle(
-    widths: Widths, groups: Sequence[Group], target: float, rounding: Rounding, removed: Callable[[Widths], float]
+    widths: Widths,
+    start: Widths,
+    groups: Sequence[Group],
+    target: float,
+    rounding: Rounding,
+    reach: int,
+    removed: Callable[[Widths], float],
 ) -> Widths:
     """Move single groups by one step, or two at once, the most helpful first, until nothing brings the total nearer."""
-    start = dict(widths)
     error = abs(removed(widths) - target)
     while error > TOLERANCE / 4:
-        moves = [move for group in groups for move in _moves(group, widths, start, rounding)]
+        moves = [move for group in groups for move in _moves(group, widths, start, rounding, reach)]
         best, move = _nearest_move(widths, moves, target, removed)
         if best >= error and error > TOLERANCE and len(moves) <= MANY:
             best, move = _nearest_move(widths, [a | b for a, b in combinations(moves, 2)], target, removed)
@@ -106,6 +124,27 @@ def _settle(
             break
         widths, error = widths | move, best
     return widths
+
+
+def _of_all(
+    widths: Widths,
+    start: Widths,
+    groups: Sequence[Group],
+    target: float,
+    rounding: Rounding,
+    removed: Callable[[Widths], float],
+) -> Widths:
+    """Where there are few combinations of widths, look at all: the most uniform that hits, else the nearest."""
+    choices = [rounding.allowed(group.size) for group in groups]
+    if math.prod(map(len, choices)) > MANY**2:
+        return widths
+
+    def rank(candidate: Widths) -> tuple[float, float]:
+        error = abs(removed(candidate) - target)
+        return max(error, TOLERANCE / 2), max(abs(candidate[g.axis] - start[g.axis]) / g.size for g in groups)
+
+    axes = [group.axis for group in groups]
+    return min((dict(zip(axes, combination, strict=True)) for combination in product(*choices)), key=rank)
 
 
 def _nearest_move(
@@ -116,12 +155,12 @@ def _nearest_move(
     return (errors[best], moves[best]) if best is not None else (float("inf"), {})
 
 
-def _moves(group: Group, widths: Widths, start: Widths, rounding: Rounding) -> list[Widths]:
+def _moves(group: Group, widths: Widths, start: Widths, rounding: Rounding, reach: int) -> list[Widths]:
     step = rounding.step(group.size)
-    reach = max(step, group.size // 8)
+    furthest = reach * max(step, group.size // 8)
     near = {rounding.clip(group.size, widths[group.axis] + delta) for delta in (-step, step)}
     return [
         {group.axis: width}
         for width in sorted(near)
-        if width != widths[group.axis] and abs(width - start[group.axis]) <= reach
+        if width != widths[group.axis] and abs(width - start[group.axis]) <= furthest
     ]
