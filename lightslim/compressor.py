@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -103,9 +104,11 @@ class Compressor:
         """Build module and data as the recipe's ``model:`` and ``data:`` sections say, under its seed."""
         seed_everything(recipe.seed or 0, verbose=False)
         module, data = recipe.model(), recipe.data()
-        for section, built in (("model", module), ("data", data)):
+        for section, built, kind in (("model", module, LightningModule), ("data", data, LightningDataModule)):
             if built is None:
                 raise CompressionError(f"{recipe.path} has no {section} section: nothing to run it on")
+            if not isinstance(built, kind):
+                raise CompressionError(f"{recipe.path}: {section}: {type(built).__name__} is no {kind.__name__}")
         teacher = recipe.teacher()
         return cls(module, datamodule=data, teachers=[teacher] if teacher else (), out=out).config(recipe)
 
@@ -151,14 +154,16 @@ class Compressor:
         strategies = recipe.strategies()
         self._check_teachers(strategies)
         checkpoint = self._checkpoint(resume)
-        with rundir.nothing_half_written(self.folder):
+        with rundir.nothing_half_written(self.folder, self.checkpoints):
             rundir.prepare(self.folder, self.checkpoints, resuming=resume is not None)
             seed_everything(recipe.seed or 0, verbose=False)
             self._init_model(recipe.init_model)
             trainer = self._trainer([measurement, *strategies])
             rundir.write_recipe(self.folder, recipe.resolved())
             self._fit(trainer, checkpoint)
-        if not measurement.after:  # the checkpoint was already at the end: nothing was left to train
+            if not measurement.after and resume != "auto":
+                raise CompressionError("there was nothing to train: see epoch, max_time and limit_train_batches")
+        if not measurement.after:  # the run was finished already
             return CompressionResult(self.module, rundir.read_result(self.folder))
         result = self._result(strategies, measurement, time.time() - started)
         if trainer.is_global_zero:
@@ -184,7 +189,7 @@ class Compressor:
             "enable_progress_bar": False,
             "enable_model_summary": False,
         }
-        trainer = Trainer(**{**self._arguments(), **quiet, "callbacks": [*strategies, rehearsal]})
+        trainer = _new_trainer({**self._arguments(), **quiet, "callbacks": [*strategies, rehearsal]})
         with contextlib.suppress(_Rehearsed):
             self._fit(trainer, None)
         return rehearsal.texts
@@ -198,9 +203,12 @@ class Compressor:
     def _checkpoint(self, resume: str | PathLike[str] | None) -> Path | None:
         if resume == "auto":
             return rundir.newest_checkpoint(self.checkpoints)
-        if resume is not None:
-            read_checkpoint(resume)
-        return Path(resume) if resume else None
+        if resume is None:
+            return None
+        missing = {"state_dict", "epoch", "loops", "pytorch-lightning_version"} - set(read_checkpoint(resume))
+        if missing:
+            raise CompressionError(f"{resume} is no checkpoint to go on from: it holds no {', '.join(sorted(missing))}")
+        return Path(resume)
 
     def _init_model(self, path: str | None) -> None:
         if path is not None:
@@ -218,13 +226,8 @@ class Compressor:
         arguments.setdefault(
             "logger", TensorBoardLogger(self.folder, name="", version="tensorboard", default_hp_metric=False)
         )
-        return Trainer(
-            **{
-                "default_root_dir": self.folder,
-                **arguments,
-                "callbacks": [*own, *_listed(arguments.get("callbacks")), _Fetches(self.fetch_list)],
-            }
-        )
+        callbacks = [*own, *_listed(arguments.get("callbacks")), _Fetches(self.fetch_list)]
+        return _new_trainer({"default_root_dir": self.folder, **arguments, "callbacks": callbacks})
 
     def _fit(self, trainer: Trainer, checkpoint: Path | None) -> None:
         factory = self.train_optimizer
@@ -277,6 +280,13 @@ class _Fetches(Callback):
             logged = logged_names(trainer, pl_module, probe_of(trainer, pl_module))
             for name in self.fetch_list.values():
                 check_metric(name, logged, "fetch_list")
+
+
+def _new_trainer(arguments: dict[str, Any]) -> Trainer:
+    try:
+        return Trainer(**arguments)
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+        raise CompressionError(f"trainer: {error}") from error
 
 
 @contextlib.contextmanager

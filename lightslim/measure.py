@@ -33,6 +33,7 @@ class Measurement(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.after = _measured(trainer, pl_module)
+        self.before = self.before or self.after  # training ended before any strategy began
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -22,23 +22,26 @@ def prepare(folder: Path, checkpoints: Path, resuming: bool) -> None:
     """
     if not resuming and ((folder / RESULT).exists() or newest_checkpoint(checkpoints)):
         raise CompressionError(f"{folder} already holds a run: continue it with --resume auto, or name another --out")
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CompressionError(f"the run directory {folder} cannot be written to: {error.strerror}") from error
+    for path in (folder, checkpoints):
+        probe = path / ".writable"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise CompressionError(f"the run directory {path} cannot be written to: {error.strerror}") from error
 
 
 @contextlib.contextmanager
-def nothing_half_written(folder: Path) -> Iterator[None]:
-    """If a CompressionError ends what happens inside, ``folder`` is afterwards as it was before."""
+def nothing_half_written(folder: Path, checkpoints: Path) -> Iterator[None]:
+    """If an error ends what happens inside before there is a checkpoint, ``folder`` is afterwards as it was before."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     before = set(folder.iterdir()) if folder.is_dir() else set()
     try:
         yield
-    except CompressionError:
+    except Exception:
+        if newest_checkpoint(checkpoints):
+            raise
         for path in set(folder.iterdir()) - before if folder.is_dir() else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in made:
@@ -83,9 +86,10 @@ def read_result(folder: Path) -> dict[str, Any]:
         raise CompressionError(f"{folder} holds no {RESULT}: it is not a finished run") from None
     except (OSError, ValueError) as error:
         raise CompressionError(f"{path} cannot be read: {error}") from error
-    if not isinstance(result, dict) or "after" not in result:
+    measured = [result.get(when) if isinstance(result, dict) else None for when in ("before", "after")]
+    if not all(isinstance(one, dict) and isinstance(one.get("metrics"), dict) for one in measured):
         raise CompressionError(f"{path} is not the result of a run")
-    return result
+    return dict(result)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

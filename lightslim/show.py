@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lightslim.errors import CompressionError
 from lightslim.loading import read_checkpoint
 from lightslim.surgery import CHECKPOINT_KEY, Cut
 from lightslim.tables import table
@@ -53,6 +54,13 @@ def _change(before: float, after: float) -> str:
 def inspection(path: str) -> str:
     """What a checkpoint holds: where training stood, what each strategy did, which tensors lost units."""
     checkpoint = read_checkpoint(path)
+    try:
+        return _inspection(path, checkpoint)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CompressionError(f"{path} is no checkpoint that lightslim can read: {error!r}") from error
+
+
+def _inspection(path: str, checkpoint: Mapping[str, Any]) -> str:
     weights = checkpoint.get("state_dict", checkpoint)
     numbers = sum(tensor.numel() for tensor in weights.values() if hasattr(tensor, "numel"))
     where = f"epoch {checkpoint['epoch']}, step {checkpoint['global_step']}, " if "epoch" in checkpoint else ""

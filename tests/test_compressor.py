@@ -55,6 +55,10 @@ def recipe(tmp_path, monkeypatch):
     (tmp_path / "tinydata.py").write_text(DATA)
     path = tmp_path / "small.yaml"
     path.write_text(RECIPE)
+    torch.save(TinyModule().state_dict(), path.with_name("weights.pt"))
+    torch.save({"state_dict": {}, "lightslim": {"cuts": [{}]}}, path.with_name("foreign.ckpt"))
+    path.with_name("empty").mkdir()
+    (path.with_name("empty") / "result.json").write_text('{"before": {}, "after": {}}')
     path.with_name("no_model.yaml").write_text("compressor: {epoch: 1, strategies: []}")
     monkeypatch.delitem(sys.modules, "tinydata", raising=False)
     return path
@@ -207,12 +211,21 @@ BAD = [
     (["run", "small.yaml", "--out", "small.yaml"], "cannot be written"),
     (["run", "small.yaml", "--out", "/proc/lightslim"], "cannot be written"),
     (["run", "small.yaml", "--resume", "nothing.ckpt"], "no such checkpoint"),
+    (["run", "small.yaml", "--set", "trainer.accelerator=gpux"], "trainer: "),
+    (["run", "small.yaml", "--set", "data.class=tiny:TinyModule"], "TinyModule is no LightningDataModule"),
+    (["run", "small.yaml", "--resume", "weights.pt"], "no checkpoint to go on from"),
+    (["run", "small.yaml", "--set", "compressor.checkpoint_path=/proc/zz"], "cannot be written"),
+    (["run", "small.yaml", "--set", "strategies.halve.pruned_params='('"], "not a valid regular expression"),
+    (["run", "small.yaml", "--set", "trainer.limit_train_batches=0"], "nothing to train"),
+    (["inspect", "foreign.ckpt"], "no checkpoint that lightslim can read"),
+    (["compare", "empty"], "not the result of a run"),
     (["inspect", "small.yaml"], "cannot be read as a checkpoint"),
     (["compare", "."], "not a finished run"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+@pytest.mark.filterwarnings("ignore:.*limit_train_batches.*", "ignore:`Trainer.fit` stopped")
 def test_mistakes_end_in_one_line_and_leave_nothing(recipe, capsys, arguments, message):
     before = sorted(Path().rglob("*"))
     assert main(arguments) == 2

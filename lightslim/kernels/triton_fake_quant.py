@@ -81,7 +81,7 @@ def write(target: tl.tensor, value: tl.tensor, left: tl.tensor, BLOCK: tl.conste
 
 
 @triton.jit
-def on_grid(value: tl.tensor, rounding: tuple[tl.tensor, ...]) -> tl.tensor:
+def on_grid(value: tl.tensor, rounding: tl.tuple) -> tl.tensor:
     """The nearest value on the grid; saturation is exact because clamping comes before rounding."""
     inverse, step, low, high = rounding
     code = tl.clamp(value * inverse, low, high, propagate_nan=tl.PropagateNan.ALL)
@@ -129,8 +129,8 @@ def locate(
 
 @triton.jit
 def _quantize_block(
-    x: tl.tensor, y: tl.tensor, clipped: tl.tensor, peak: tl.tensor, rounding: tuple[tl.tensor, ...],
-    bounds: tuple[tl.tensor, ...], left: tl.tensor, BLOCK: tl.constexpr, WHOLE: tl.constexpr, KEEP: tl.constexpr,
+    x: tl.tensor, y: tl.tensor, clipped: tl.tensor, peak: tl.tensor, rounding: tl.tuple,
+    bounds: tl.tuple, left: tl.tensor, BLOCK: tl.constexpr, WHOLE: tl.constexpr, KEEP: tl.constexpr,
     PEAK: tl.constexpr,
 ) -> None:  # fmt: skip
     value = read(x, left, BLOCK, WHOLE).to(tl.float32)
@@ -144,7 +144,7 @@ def _quantize_block(
 
 
 @triton.jit
-def is_clipped(value: tl.tensor, bounds: tuple[tl.tensor, ...]) -> tl.tensor:
+def is_clipped(value: tl.tensor, bounds: tl.tuple) -> tl.tensor:
     """Whether ``value`` lies outside its range, which NaN does not."""
     return (value < bounds[0]) | (value > bounds[1])
 
@@ -199,7 +199,7 @@ def pass_marked(grad: tl.tensor, clipped: tl.tensor, out: tl.tensor, count: tl.t
 
 @triton.jit
 def _pass_inside_block(
-    grad: tl.tensor, x: tl.tensor, out: tl.tensor, bounds: tuple[tl.tensor, ...], left: tl.tensor,
+    grad: tl.tensor, x: tl.tensor, out: tl.tensor, bounds: tl.tuple, left: tl.tensor,
     BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ) -> None:  # fmt: skip
     outside = is_clipped(read(x, left, BLOCK, WHOLE).to(tl.float32), bounds)
