@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         if name == "run":
             sub.add_argument("--resume", metavar="CKPT|auto", help="continue from a checkpoint of this run")
-            sub.add_argument("--out", metavar="DIR", help="the run directory (default: runs/<name of the recipe>)")
+            sub.add_argument("--out", metavar="DIR", help="the run directory (default: runs/<recipe>)")
     plugins = commands.add_parser("plugins", help="list the components at hand and the packages that bring them")
     plugins.set_defaults(command=_plugins)
     inspect = commands.add_parser("inspect", help="say what a checkpoint has been through")

@@ -13,7 +13,7 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule, Tr
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightslim import rundir
@@ -57,7 +57,10 @@ class Compressor:
         fetch_list: names of logged metrics, or (name, logged name) pairs; must hold ``loss``.
         checkpoint_path: where checkpoints go, unless the recipe says; relative to the run directory.
         trainer: arguments for Lightning's Trainer; the recipe's ``trainer:`` section wins.
-        out: the run directory. Default: ``runs/<name of the recipe>``.
+        out: the run directory. Default: ``runs/<name of the recipe>``, numbered from the second run on.
+
+    Attributes:
+        folder: the directory of the last run.
 
     Raises:
         CompressionError: both or neither kind of data, a fetch_list without ``loss``.
@@ -97,6 +100,7 @@ class Compressor:
         self.checkpoint_path = checkpoint_path
         self.trainer_arguments = dict(trainer or {})
         self.out = Path(out) if out else None
+        self.folder = self.out or Path("runs")
         self.recipe: Recipe | None = None
 
     @classmethod
@@ -119,11 +123,6 @@ class Compressor:
             names = ", ".join(self.recipe.unlisted)
             rank_zero_warn(f"{self.recipe.path}: {names} not listed under compressor.strategies, will not run")
         return self
-
-    @property
-    def folder(self) -> Path:
-        """The run directory."""
-        return self.out or Path("runs") / Path(self._recipe.path).stem
 
     @property
     def checkpoints(self) -> Path:
@@ -151,11 +150,14 @@ class Compressor:
             CompressionError: anything that can be known to fail before the first training step.
         """
         recipe, started, measurement = self._recipe, time.time(), Measurement()
+        # Processes that rank 0 has started join the run that it has opened.
+        resuming = resume is not None or getattr(rank_zero_only, "rank", 0) > 0
+        self.folder = self.out or rundir.default_folder(recipe.path, resuming)
         strategies = recipe.strategies()
         self._check_teachers(strategies)
         checkpoint = self._checkpoint(resume)
         with rundir.nothing_half_written(self.folder, self.checkpoints):
-            rundir.prepare(self.folder, self.checkpoints, resuming=resume is not None)
+            rundir.prepare(self.folder, self.checkpoints, resuming)
             seed_everything(recipe.seed or 0, verbose=False)
             self._init_model(recipe.init_model)
             trainer = self._trainer([measurement, *strategies])
@@ -265,7 +267,8 @@ class _Rehearsal(Callback):
         self.texts: dict[str, str] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.texts = {strategy.name: strategy.rehearse(trainer, pl_module) for strategy in self.strategies}
+        note = "(as if it came first) " if len(self.strategies) > 1 else ""
+        self.texts = {strategy.name: note + strategy.rehearse(trainer, pl_module) for strategy in self.strategies}
         raise _Rehearsed
 
 

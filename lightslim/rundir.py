@@ -14,6 +14,22 @@ from lightslim.recipe.yamlnodes import dump
 RESULT, RECIPE = "result.json", "recipe.yaml"
 
 
+def default_folder(recipe: Path, resuming: bool) -> Path:
+    """``runs/<name of the recipe>``, numbered from the second run on; the newest that exists when resuming.
+
+    A file called recipe.yaml is named after its folder.
+    """
+    name = recipe.stem if recipe.stem != "recipe" else recipe.resolve().parent.name
+    number = 1
+    while _numbered(name, number).exists():
+        number += 1
+    return _numbered(name, max(number - 1, 1) if resuming else number)
+
+
+def _numbered(name: str, number: int) -> Path:
+    return Path("runs") / (name if number == 1 else f"{name}-{number}")
+
+
 def prepare(folder: Path, checkpoints: Path, resuming: bool) -> None:
     """Make the folder of a run and make sure it can be written to.
 

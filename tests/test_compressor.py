@@ -235,6 +235,21 @@ def test_mistakes_end_in_one_line_and_leave_nothing(recipe, capsys, arguments, m
     assert [path for path in sorted(Path().rglob("*")) if path not in before and "__pycache__" not in str(path)] == []
 
 
+def test_runs_without_a_name_are_numbered(recipe):
+    folders = []
+    for resume in (None, None, "auto"):
+        compressor = Compressor(TinyModule("adam"), *loaders()).config(recipe)
+        compressor.run(resume=resume)
+        folders.append(str(compressor.folder))
+    assert folders == ["runs/small", "runs/small-2", "runs/small-2"]
+    Path("deep").mkdir()
+    renamed = Path("deep/recipe.yaml")
+    renamed.write_text(RECIPE)
+    compressor = Compressor(TinyModule("adam"), *loaders()).config(renamed)
+    compressor.run()
+    assert compressor.folder == Path("runs/deep")
+
+
 def test_an_existing_run_is_not_overwritten(recipe, capsys):
     assert main(["run", str(recipe), "--out", "a"]) == 0
     result = Path("a/result.json").read_bytes()
