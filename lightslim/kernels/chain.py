@@ -1,25 +1,37 @@
 """Fake quantization by plain torch operations: the way of the CPU, and of every device without a kernel of its own."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightslim.kernels import fused
 from lightslim.kernels.grid import Grid, along, bounds, scalar_grid, tensor_grid
 
 HALVES = (torch.float16, torch.bfloat16)
 LEAST = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
 """The smallest positive number: ``value > -LEAST`` is ``value >= 0``."""
 
+PIECE = 2**17
+"""Elements; two float32 pieces fit the second-level cache of most processors."""
+
 Kept = tuple[Tensor, Tensor, Tensor | None]
 
 
 def quantize(x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int | None) -> Tensor:
     """``x`` on the grid of its range: one new tensor, then in place; half types are worked out in float32."""
-    inverse, step, low, high = grid_of(x, amax, amin, bits, axis)
-    value = x.float().mul_(inverse) if x.dtype in HALVES else x.mul(inverse)
-    return value.clamp_(low, high).round_().mul_(step).to(x.dtype)
+    grid = grid_of(x, amax, amin, bits, axis)
+    if fused.compiles(x):
+        return fused.quantize(x, grid)
+    y = torch.empty_like(x)
+    for part, target, inverse, step, low, high in pieces(x, y, *grid):
+        value = part.float().mul_(inverse) if x.dtype in HALVES else torch.mul(part, inverse, out=target)
+        value.clamp_(low, high).round_().mul_(step)
+        if value is not target:
+            target.copy_(value)
+    return y
 
 
 def quantize_and_keep(x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int | None) -> tuple[Tensor, Kept]:
@@ -35,18 +47,49 @@ def quantize_and_peak(x: Tensor, amax: Tensor, bits: int) -> tuple[Tensor, Kept,
 def straight_through(grad: Tensor, kept: Kept, axis: int | None, strides: tuple[int, ...]) -> Tensor:
     """``grad`` where the input was not clipped, zero where it was; torch finds the strides of the result itself."""
     x, amax, amin = kept
-    if axis is None and x.device.type == "cpu":
-        passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, *open_bounds(x, amax, amin))
-        return passed
     lower, upper = (along(bound, x, axis) for bound in bounds(*wide(x, amax, amin)))
+    if fused.compiles(x):
+        return fused.straight_through(grad, x, lower, upper)
+    if axis is None and x.device.type == "cpu":
+        passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, *just_outside(lower, upper))
+        return passed
+    out = torch.empty_like(x)
+    for operands in pieces(grad, x, out, lower, upper):
+        _pass_piece(amin is None, *operands)
+    return out
+
+
+def _pass_piece(symmetric: bool, grad: Tensor, x: Tensor, out: Tensor, lower: Tensor, upper: Tensor) -> None:
     if x.dtype in HALVES:
         full = x.float()
-        return grad.masked_fill((full < lower) | (full > upper), 0)
+        out.copy_(grad).masked_fill_((full < lower) | (full > upper), 0)
+        return
     # A threshold on the distance to the bound: half the time of a comparison, a mask and a fill
-    distances = [x.abs().neg_().add_(upper)] if amin is None else [x - lower, upper - x]
-    for distance in distances:
-        grad = torch.ops.aten.threshold_backward(grad, distance, -LEAST[x.dtype])
-    return grad
+    if symmetric:
+        distance = torch.abs(x, out=out).neg_().add_(upper)
+    else:
+        grad = torch.ops.aten.threshold_backward(grad, x - lower, -LEAST[x.dtype])
+        distance = torch.sub(upper, x, out=out)
+    torch.ops.aten.threshold_backward.grad_input(grad, distance, -LEAST[x.dtype], grad_input=out)
+
+
+def pieces(*operands: Any) -> Iterator[tuple[Any, ...]]:
+    """The operands of an element-wise chain, a few rows at a time, so that all but its first pass find them in a cache.
+
+    The first operand decides: it is left whole if it is small, has a single row, or lies on another device. What is no
+    tensor, or broadcasts along the rows, is handed out with each piece as it is.
+    """
+    x = operands[0]
+    if x.numel() <= PIECE or x.shape[0] == 1 or x.device.type != "cpu":
+        yield operands
+        return
+    rows = max(1, PIECE * x.shape[0] // x.numel())
+    for start in range(0, x.shape[0], rows):
+        yield tuple(each[start : start + rows] if _has_rows(each, x) else each for each in operands)
+
+
+def _has_rows(operand: Any, x: Tensor) -> bool:
+    return isinstance(operand, Tensor) and operand.ndim == x.ndim and operand.shape[0] == x.shape[0]
 
 
 def grid_of(x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int | None) -> Grid[Any]:
@@ -54,7 +97,8 @@ def grid_of(x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int |
     amax, least = wide(x, amax, amin)
     if axis is None and x.device.type == "cpu":
         return scalar_grid(amax.item(), None if least is None else least.item(), bits)
-    return Grid(*(along(part, x, axis) for part in tensor_grid(amax, least, bits, amax.dtype)))
+    grid = tensor_grid(amax, least, bits, amax.dtype)
+    return Grid(*(along(part, x, axis) if isinstance(part, Tensor) else part for part in grid))
 
 
 def wide(x: Tensor, amax: Tensor, amin: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -63,9 +107,8 @@ def wide(x: Tensor, amax: Tensor, amin: Tensor | None) -> tuple[Tensor, Tensor |
     return amax.to(dtype), None if amin is None else amin.to(dtype)
 
 
-def open_bounds(x: Tensor, amax: Tensor, amin: Tensor | None) -> tuple[float, float]:
-    """The neighbours just outside the range: ``hardtanh_backward`` drops what lies on its bounds, we keep it."""
-    lower, upper = bounds(*wide(x, amax, amin))
+def just_outside(lower: Tensor, upper: Tensor) -> tuple[float, float]:
+    """The neighbours of the bounds: ``hardtanh_backward`` drops what lies on a bound, we keep it."""
     out = upper.new_tensor(math.inf)
     return torch.nextafter(lower, -out).item(), torch.nextafter(upper, out).item()
 

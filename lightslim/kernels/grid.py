@@ -23,8 +23,8 @@ class Grid(NamedTuple, Generic[Number]):
 
     inverse: Number
     step: Number
-    low: Number
-    high: Number
+    low: Number | float
+    high: Number | float
 
 
 def levels(bits: int, affine: bool) -> int:
@@ -59,15 +59,16 @@ def scalar_grid(amax: float, amin: float | None, bits: int) -> Grid[float]:
 
 
 def tensor_grid(amax: Tensor, amin: Tensor | None, bits: int, dtype: torch.dtype) -> Grid[Tensor]:
-    """The grids of many ranges at once, element by element, as tensors of ``dtype``."""
-    amax = amax.double()
-    count = amax.new_tensor(levels(bits, amin is not None))
+    """The grids of many ranges at once, as tensors of ``dtype``; symmetric ones share their lowest and highest code."""
+    amax, count = amax.double(), float(levels(bits, amin is not None))
     lower, upper = bounds(amax, amin if amin is None else amin.double())
     span = amax if amin is None else upper - lower
-    inverse, step = count / span.clamp(min=TINY), torch.where(span < TINY, 0.0, span / count)
-    zero = count if amin is None else (-lower * inverse).round()
-    high = count if amin is None else count - zero
-    return Grid(*(part.to(dtype) for part in (inverse, step, -zero, high)))
+    # A tensor, since torch divides a number by a tensor through the reciprocal, which rounds twice
+    inverse, step = span.new_tensor(count) / span.clamp(min=TINY), torch.where(span < TINY, 0.0, span / count)
+    if amin is None:
+        return Grid(inverse.to(dtype), step.to(dtype), -count, count)
+    zero = (-lower * inverse).round()
+    return Grid(inverse.to(dtype), step.to(dtype), (-zero).to(dtype), (count - zero).to(dtype))
 
 
 def bounds(amax: Tensor, amin: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ def steps(amax: Tensor, amin: Tensor | None, bits: int) -> tuple[Tensor, Tensor,
     step = torch.where(span < TINY, 0.0, span / levels)
     if amin is None:
         return step, torch.full_like(step, -levels), torch.full_like(step, levels)
-    zero = (-lower * (levels / span.clamp(min=TINY))).round()
+    zero = (-lower * (span.new_tensor(levels) / span.clamp(min=TINY))).round()
     return step, -zero, levels - zero
 
 
