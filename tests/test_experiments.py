@@ -197,17 +197,17 @@ def test_the_checksums_are_those_of_debians_files():
     assert abs(fashion.train.__getitems__(list(range(5000)))[0].mean()) < 0.02
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (gzip.compress(idx_bytes(torch.zeros(3, 4)))[:-6], "cannot be read"),
-        (b"not gzip at all", "cannot be read"),
-        (gzip.compress(b"short"), "not an IDX file"),
-        (gzip.compress(b""), "not an IDX file"),
-        (gzip.compress(b"\0\0\x0d\1" + bytes(8)), "not an IDX file"),
-        (gzip.compress(idx_bytes(torch.zeros(3, 4))[:-1]), "11 bytes of data, 12 expected"),
-    ],
-)
+DAMAGED = {
+    "cut short": (gzip.compress(idx_bytes(torch.zeros(3, 4)))[:-6], "cannot be read"),
+    "not gzip": (b"not gzip at all", "cannot be read"),
+    "short": (gzip.compress(b"short"), "not an IDX file"),
+    "empty": (gzip.compress(b""), "not an IDX file"),
+    "of floats": (gzip.compress(b"\0\0\x0d\1" + bytes(8)), "not an IDX file"),
+    "one byte missing": (gzip.compress(idx_bytes(torch.zeros(3, 4))[:-1]), "11 bytes of data, 12 expected"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_file_is_named(tmp_path, content, message):
     path = tmp_path / "broken.gz"
     path.write_bytes(content)
