@@ -25,9 +25,9 @@ from lightslim.steps import (
     overrides,
     sample_batch,
     step_probe,
-    untouched,
 )
 from lightslim.surgery import Cut, apply
+from lightslim.untouched import untouched
 
 # Lightning's strategies that keep the module whole on every device; by name, so that both of its packages count.
 _WHOLE = {"SingleDeviceStrategy", "DDPStrategy"}
