@@ -14,8 +14,8 @@ HALVES = (torch.float16, torch.bfloat16)
 LEAST = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
 """The smallest positive number: ``value > -LEAST`` is ``value >= 0``."""
 
-PIECE = 2**17
-"""Elements; two float32 pieces fit the second-level cache of most processors."""
+PIECE = 2**18
+"""Elements for each thread: small enough to stay in a cache, large enough to be worth starting the threads for."""
 
 Kept = tuple[Tensor, Tensor, Tensor | None]
 
@@ -80,10 +80,11 @@ def pieces(*operands: Any) -> Iterator[tuple[Any, ...]]:
     tensor, or broadcasts along the rows, is handed out with each piece as it is.
     """
     x = operands[0]
-    if x.numel() <= PIECE or x.shape[0] == 1 or x.device.type != "cpu":
+    piece = PIECE * torch.get_num_threads()
+    if x.numel() <= piece or x.shape[0] == 1 or x.device.type != "cpu":
         yield operands
         return
-    rows = max(1, PIECE * x.shape[0] // x.numel())
+    rows = max(1, piece * x.shape[0] // x.numel())
     for start in range(0, x.shape[0], rows):
         yield tuple(each[start : start + rows] if _has_rows(each, x) else each for each in operands)
 
