@@ -50,12 +50,12 @@ def prepare(folder: Path, checkpoints: Path, resuming: bool) -> None:
 
 @contextlib.contextmanager
 def nothing_half_written(folder: Path, checkpoints: Path) -> Iterator[None]:
-    """If an error ends what happens inside before there is a checkpoint, ``folder`` is afterwards as it was before."""
+    """If a CompressionError ends what happens inside before there is a checkpoint, ``folder`` is as it was before."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     before = set(folder.iterdir()) if folder.is_dir() else set()
     try:
         yield
-    except Exception:
+    except CompressionError:
         if newest_checkpoint(checkpoints):
             raise
         for path in set(folder.iterdir()) - before if folder.is_dir() else ():

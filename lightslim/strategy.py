@@ -3,7 +3,7 @@
 import contextlib
 import math
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -181,6 +181,17 @@ def _structured_checkpoints(module: LightningModule) -> contextlib.AbstractConte
         save(checkpoint)
 
     return replaced(module, on_load_checkpoint=on_load_checkpoint, on_save_checkpoint=on_save_checkpoint)
+
+
+def changed_metrics(before: Mapping[str, float], after: Mapping[str, float], metric_name: str | None) -> str:
+    """The end of a strategy's one line: ``metric_name``, or every metric, before and after the act.
+
+    Example:
+        >>> changed_metrics({"acc": 0.9, "loss": 1.0}, {"acc": 0.5, "loss": 2.0}, "acc")
+        ', acc 0.9000 -> 0.5000'
+    """
+    shown = [name for name in ([metric_name] if metric_name else before) if name in before and name in after]
+    return "".join(f", {name} {before[name]:.4f} -> {after[name]:.4f}" for name in shown)
 
 
 def check_metric(metric_name: str | None, logged: Collection[str], argument: str = "metric_name") -> None:

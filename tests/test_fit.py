@@ -363,19 +363,6 @@ def test_fast_dev_run_stays_a_dry_run(tmp_path):
     assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for p in TinyModule().parameters())
 
 
-def test_sharded_strategies_are_refused(tmp_path):
-    from lightslim.infit import refuse_sharded
-
-    class FSDPStrategy:
-        pass
-
-    class Fake:
-        strategy = FSDPStrategy()
-
-    with pytest.raises(CompressionError, match="FSDPStrategy: compress on one device or with DDP first"):
-        refuse_sharded(Fake())
-
-
 def test_the_metric_before_the_cut_is_lightnings_own_value(tmp_path):
     class Keep(pl.Callback):
         def on_validation_end(self, trainer, pl_module):

@@ -181,3 +181,16 @@ def test_toggled_optimizers_and_named_loaders(tmp_path):
     train, val = loaders()
     trainer(tmp_path, cut(metric_name="acc_1")).fit(module, train, [val, val])
     assert module.net.stem[0].out_channels < 16
+
+
+def test_sharded_strategies_are_refused(tmp_path):
+    from lightslim.infit import refuse_sharded
+
+    class FSDPStrategy:
+        pass
+
+    class Fake:
+        strategy = FSDPStrategy()
+
+    with pytest.raises(CompressionError, match="FSDPStrategy: compress on one device or with DDP first"):
+        refuse_sharded(Fake())

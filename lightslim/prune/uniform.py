@@ -18,7 +18,7 @@ from lightslim.prune.report import PruneReport, frozen_report, layers_report, un
 from lightslim.prune.trial import feasible
 from lightslim.prune.widths import TOLERANCE, Rounding, Solution, uniform_widths
 from lightslim.steps import Probe, forward_probe
-from lightslim.strategy import CompressionStrategy, check_metric
+from lightslim.strategy import CompressionStrategy, changed_metrics, check_metric
 from lightslim.surgery import Cut, apply, parameters_after, plan
 
 
@@ -210,11 +210,6 @@ class UniformPruneStrategy(CompressionStrategy):
         cut, report = self.task.plan(probe_of(trainer, pl_module))
         cut_in_fit(trainer, pl_module, cut)
         after = evaluate(trainer, pl_module)
-        rank_zero_info(f"{self.name}, epoch {trainer.current_epoch}: {_line(report, before, after, self.metric_name)}")
+        changed = changed_metrics(before, after, self.metric_name)
+        rank_zero_info(f"{self.name}, epoch {trainer.current_epoch}: {report.summary}{changed}")
         return {"act": "prune", **report.to_record(), "metrics": {"before": before, "after": after}}
-
-
-def _line(report: PruneReport, before: dict[str, float], after: dict[str, float], metric_name: str | None) -> str:
-    shown = [name for name in ([metric_name] if metric_name else before) if name in before and name in after]
-    metrics = "".join(f", {name} {before[name]:.4f} -> {after[name]:.4f}" for name in shown)
-    return f"{report.summary}{metrics}"

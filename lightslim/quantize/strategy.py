@@ -22,7 +22,7 @@ from lightslim.quantize.transform import (
 )
 from lightslim.registry import registry
 from lightslim.steps import Probe
-from lightslim.strategy import CompressionStrategy, check_metric
+from lightslim.strategy import CompressionStrategy, changed_metrics, check_metric
 from lightslim.tables import table
 
 
@@ -156,12 +156,11 @@ class QuantizationStrategy(CompressionStrategy):
             rank_zero_warn(f"{self.name}: the inputs of {', '.join(idle)} are not quantized: the step never calls them")
         after = evaluate(trainer, pl_module)
         noise = signal_to_noise(pl_module, probe_of(trainer, pl_module).run)
-        shown = [n for n in ([self.metric_name] if self.metric_name else before) if n in before and n in after]
-        metrics = "".join(f", {n} {before[n]:.4f} -> {after[n]:.4f}" for n in shown)
+        changed = changed_metrics(before, after, self.metric_name)
         count = len(quantized_layers(pl_module))
-        rank_zero_info(f"{self.name}, epoch {trainer.current_epoch}: {count} layers quantized{metrics}")
-        metrics_now = {"before": before, "after": after}
-        return {"act": "quantize", "quantized": count, "idle": idle, "signal_to_noise": noise, "metrics": metrics_now}
+        rank_zero_info(f"{self.name}, epoch {trainer.current_epoch}: {count} layers quantized{changed}")
+        metrics = {"before": before, "after": after}
+        return {"act": "quantize", "quantized": count, "idle": idle, "signal_to_noise": noise, "metrics": metrics}
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
