@@ -16,3 +16,4 @@ def lightslim_register(registry: Registry) -> None:
     registry.add("range", quantize.ChannelWiseAbsMax, "channel_wise_abs_max")
     registry.add("range", quantize.RangeAbsMax, "range_abs_max")
     registry.add("range", quantize.MovingAverageAbsMax, "moving_average_abs_max")
+    registry.add("range", quantize.MovingAverageMinMax, "moving_average_min_max")

@@ -30,13 +30,19 @@ def untouched(module: nn.Module, except_for: Iterable[nn.Module] = ()) -> Iterat
     """
     modes = [(child, child.training) for child in module.modules()]
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
-    kept = {id(buffer) for child in except_for for buffer in child.buffers()}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers() if id(buffer) not in kept]
+    kept = set(except_for)
+    owners = [child for child in module.modules() if child not in kept]
+    bindings = [(child, dict(child._buffers)) for child in owners]
+    buffers = [
+        (buffer, buffer.detach().clone()) for _, bound in bindings for buffer in bound.values() if buffer is not None
+    ]
     attributes = [(child, _own_attributes(child)) for child in module.modules()]
     try:
         with isolate_rng():
             yield
     finally:
+        for child, bound in bindings:
+            child._buffers.update(bound)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -20,4 +20,5 @@ ROWS: dict[tuple[str, str], Callable[[], Any]] = {
     ("range", "channel_wise_abs_max"): quantize.ChannelWiseAbsMax,
     ("range", "range_abs_max"): lambda: quantize.RangeAbsMax(window_size=100),
     ("range", "moving_average_abs_max"): quantize.MovingAverageAbsMax,
+    ("range", "moving_average_min_max"): quantize.MovingAverageMinMax,
 }

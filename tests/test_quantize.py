@@ -38,12 +38,12 @@ def test_ranges_learn_in_training_only():
     accum = state = 0.0
     for value in seen:
         accum, state = 0.9 * accum + value, 0.9 * state + 1
-        assert moving(torch.tensor([value, -value / 2])).item() == pytest.approx(accum / state)
+        assert moving(torch.tensor([value, -value / 2])).amax.item() == pytest.approx(accum / state)
         window(torch.tensor([value]))
     assert window.window.tolist() == [3.0, 5.0, 2.0]
     before = copy.deepcopy(moving.state_dict())
-    assert moving.eval()(torch.tensor([99.0])).item() == pytest.approx(accum / state)
-    assert window.eval()(torch.tensor([99.0])).item() == 5.0
+    assert moving.eval()(torch.tensor([99.0])).amax.item() == pytest.approx(accum / state)
+    assert window.eval()(torch.tensor([99.0])).amax.item() == 5.0
     assert moving.state_dict() == before
 
 
@@ -140,11 +140,11 @@ class Look(pl.Callback):
     """Keeps what the ranges are after training and after validation, and what the weights were."""
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.after_validation = {n: q.rule.accum.item() for n, q in quantizers(pl_module) if hasattr(q.rule, "accum")}
+        self.after_validation = {n: q.rule.amax.item() for n, q in quantizers(pl_module) if hasattr(q.rule, "amax")}
         self.on_grid = on_grid(pl_module.net.stem[0].weight.detach(), 8, 0)
 
     def on_validation_start(self, trainer, pl_module):
-        self.after_training = {n: q.rule.accum.item() for n, q in quantizers(pl_module) if hasattr(q.rule, "accum")}
+        self.after_training = {n: q.rule.amax.item() for n, q in quantizers(pl_module) if hasattr(q.rule, "amax")}
 
 
 @pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])

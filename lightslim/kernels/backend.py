@@ -13,8 +13,10 @@ from lightslim.kernels import chain
 class Kernels(Protocol):
     """What a module of kernels offers."""
 
-    def quantize(self, x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int | None) -> Tensor:
-        """``x`` on the grid of its range."""
+    def quantize(
+        self, x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int | None, clips: bool = True
+    ) -> Tensor:
+        """``x`` on the grid of its range; unless it ``clips``, nothing lies outside the range."""
 
     def quantize_and_keep(
         self, x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int | None

@@ -20,15 +20,18 @@ PIECE = 2**18
 Kept = tuple[Tensor, Tensor, Tensor | None]
 
 
-def quantize(x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int | None) -> Tensor:
+def quantize(x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int | None, clips: bool = True) -> Tensor:
     """``x`` on the grid of its range: one new tensor, then in place; half types are worked out in float32."""
+    # An affine grid is moved to hold zero, which takes the far end of its range off by half a step
+    clips = clips or amin is not None
     grid = grid_of(x, amax, amin, bits, axis)
     if fused.compiles(x):
         return fused.quantize(x, grid)
     y = torch.empty_like(x)
     for part, target, inverse, step, low, high in pieces(x, y, *grid):
         value = part.float().mul_(inverse) if x.dtype in HALVES else torch.mul(part, inverse, out=target)
-        value.clamp_(low, high).round_().mul_(step)
+        value = value.clamp_(low, high) if clips else value
+        value.round_().mul_(step)
         if value is not target:
             target.copy_(value)
     return y
@@ -47,12 +50,12 @@ def quantize_and_peak(x: Tensor, amax: Tensor, bits: int) -> tuple[Tensor, Kept,
 def straight_through(grad: Tensor, kept: Kept, axis: int | None, strides: tuple[int, ...]) -> Tensor:
     """``grad`` where the input was not clipped, zero where it was; torch finds the strides of the result itself."""
     x, amax, amin = kept
+    if axis is None and x.device.type == "cpu" and not fused.compiles(x):
+        passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, *just_outside(x, amax, amin))
+        return passed
     lower, upper = (along(bound, x, axis) for bound in bounds(*wide(x, amax, amin)))
     if fused.compiles(x):
         return fused.straight_through(grad, x, lower, upper)
-    if axis is None and x.device.type == "cpu":
-        passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, *just_outside(lower, upper))
-        return passed
     out = torch.empty_like(x)
     for operands in pieces(grad, x, out, lower, upper):
         _pass_piece(amin is None, *operands)
@@ -108,10 +111,25 @@ def wide(x: Tensor, amax: Tensor, amin: Tensor | None) -> tuple[Tensor, Tensor |
     return amax.to(dtype), None if amin is None else amin.to(dtype)
 
 
-def just_outside(lower: Tensor, upper: Tensor) -> tuple[float, float]:
+def just_outside(x: Tensor, amax: Tensor, amin: Tensor | None) -> tuple[float, float]:
     """The neighbours of the bounds: ``hardtanh_backward`` drops what lies on a bound, we keep it."""
-    out = upper.new_tensor(math.inf)
-    return torch.nextafter(lower, -out).item(), torch.nextafter(upper, out).item()
+    after = _after_float64 if x.dtype == torch.float64 else _after
+    amax, least = wide(x, amax, amin)
+    upper = amax.item()
+    if least is None:
+        return -after(upper), after(upper)
+    return -after(max(-least.item(), 0.0)), after(max(upper, 0.0))
+
+
+def _after(value: float) -> float:
+    """The next float32 above one that is not negative: numbers between two of them are spared a tensor operation."""
+    if not math.isfinite(value):
+        return value
+    return value + math.ldexp(1.0, max(math.frexp(value)[1] - 24, -149))
+
+
+def _after_float64(value: float) -> float:
+    return math.nextafter(value, math.inf)
 
 
 def peaks(x: Tensor, axis: int | None) -> Tensor:

@@ -75,7 +75,7 @@ class FakeQuant(Function):
         kernels = kernels_of(x)
         ctx.axis, ctx.clips, ctx.kernels = axis, clips, kernels
         if not clips:
-            return kernels.quantize(x, amax, amin, bits, axis)
+            return kernels.quantize(x, amax, amin, bits, axis, clips=False)
         y, kept = kernels.quantize_and_keep(x, amax, amin, bits, axis)
         ctx.save_for_backward(*kept)
         ctx.strides = y.stride()
@@ -95,7 +95,7 @@ def operator(
     x: Tensor, amax: Tensor, amin: Tensor | None = None, bits: int = 8, axis: int | None = None, clips: bool = True
 ) -> Tensor:
     """:func:`fake_quant` without its checks, as one node of a captured graph."""
-    return kernels_of(x).quantize(x, amax, amin, bits, axis)
+    return kernels_of(x).quantize(x, amax, amin, bits, axis, clips)
 
 
 @torch.library.custom_op("lightslim::fake_quant_backward", mutates_args=())

@@ -15,6 +15,8 @@ from torch import Tensor
 TINY = 2.0**-100
 """A range below it counts as zero: its inverse would overflow float32."""
 
+BELOW_TINY = TINY * (1 - 2.0**-24)
+
 Number = TypeVar("Number", float, Tensor)
 
 
@@ -60,15 +62,20 @@ def scalar_grid(amax: float, amin: float | None, bits: int) -> Grid[float]:
 
 def tensor_grid(amax: Tensor, amin: Tensor | None, bits: int, dtype: torch.dtype) -> Grid[Tensor]:
     """The grids of many ranges at once, as tensors of ``dtype``; symmetric ones share their lowest and highest code."""
-    amax, count = amax.double(), float(levels(bits, amin is not None))
-    lower, upper = bounds(amax, amin if amin is None else amin.double())
-    span = amax if amin is None else upper - lower
-    # A tensor, since torch divides a number by a tensor through the reciprocal, which rounds twice
-    inverse, step = span.new_tensor(count) / span.clamp(min=TINY), torch.where(span < TINY, 0.0, span / count)
     if amin is None:
-        return Grid(inverse.to(dtype), step.to(dtype), -count, count)
+        # The quotient of two float32 is the same rounded from float64, and this is done for each weight at each step
+        return _symmetric(amax.to(dtype), float(levels(bits, affine=False)))
+    amax, count = amax.double(), float(levels(bits, affine=True))
+    lower, upper = bounds(amax, amin.double())
+    inverse, step, *_ = _symmetric(upper - lower, count)
     zero = (-lower * inverse).round()
     return Grid(inverse.to(dtype), step.to(dtype), (-zero).to(dtype), (count - zero).to(dtype))
+
+
+def _symmetric(span: Tensor, count: float) -> Grid[Tensor]:
+    # A tensor, since torch divides a number by a tensor through the reciprocal, which rounds twice
+    steps = torch.scalar_tensor(count, dtype=span.dtype, device=span.device)
+    return Grid(steps / span.clamp_min(TINY), torch.threshold(span, BELOW_TINY, 0.0) / steps, -count, count)
 
 
 def bounds(amax: Tensor, amin: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,16 @@ LONG_ROW = 1024
 """From here on a row has programs of its own; shorter ones share them."""
 
 
-def quantize(x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int | None, block: int = BLOCK) -> Tensor:
-    """``x`` on the grid of its range."""
+def quantize(
+    x: Tensor,
+    amax: Tensor,
+    amin: Tensor | None,
+    bits: int,
+    axis: int | None,
+    clips: bool = True,
+    block: int = BLOCK,
+) -> Tensor:
+    """``x`` on the grid of its range; clamping costs nothing beside the memory traffic, so it is always done."""
     return _quantize(x, amax, amin, bits, axis, block)
 
 

@@ -13,8 +13,8 @@ from lightslim.kernels.chain import peaks
 from lightslim.kernels.fake_quant import fake_quant
 
 
-def fake_quant_many(tensors: Sequence[Tensor], bits: int = 8, axis: int = 0) -> list[Tensor]:
-    """Each tensor on the symmetric grids of its channels, whose ranges are their own largest magnitudes.
+def fake_quant_many(tensors: Sequence[Tensor], bits: int = 8, axis: int | None = 0) -> list[Tensor]:
+    """Each tensor on symmetric grids whose ranges are its own largest magnitudes, of each channel or of all of it.
 
     Equal to ``fake_quant(x, largest magnitudes, bits, axis, clips=False)`` one by one; since nothing is clipped, the
     gradient passes as it is.
@@ -22,7 +22,8 @@ def fake_quant_many(tensors: Sequence[Tensor], bits: int = 8, axis: int = 0) -> 
     Args:
         tensors: weights, of at least one dimension.
         bits: width of the integers, 2 to 16.
-        axis: the dimension of the channels; on a GPU, axis 0 of contiguous tensors goes in one launch per dtype.
+        axis: the dimension of the channels, None for one range of all of a tensor; on a GPU, axis 0 of contiguous
+            tensors goes in one launch per dtype.
 
     Raises:
         CompressionError: bits, dtype or axis do not fit.
@@ -36,7 +37,8 @@ def fake_quant_many(tensors: Sequence[Tensor], bits: int = 8, axis: int = 0) -> 
     check_bits(bits)
     for tensor in tensors:
         check_values(tensor)
-        check_axis(tensor, axis)
+        if axis is not None:
+            check_axis(tensor, axis)
     if torch.compiler.is_compiling() or not _one_launch(tensors, axis):
         return [fake_quant(tensor, peaks(tensor, axis), bits, axis, clips=False) for tensor in tensors]
     return list(FakeQuantMany.apply(bits, *tensors))
@@ -59,6 +61,8 @@ class FakeQuantMany(Function):
         return None, *grads
 
 
-def _one_launch(tensors: Sequence[Tensor], axis: int) -> bool:
+def _one_launch(tensors: Sequence[Tensor], axis: int | None) -> bool:
+    if axis is None or not tensors:
+        return False
     fits = all(x.is_cuda and x.dtype != torch.float64 and axis % x.ndim == 0 and x.is_contiguous() for x in tensors)
-    return bool(tensors) and fits and triton_kernels() is not None
+    return fits and triton_kernels() is not None

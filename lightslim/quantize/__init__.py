@@ -1,21 +1,34 @@
 """Quantization-aware training: weights and inputs rounded, while training, as their integers will be."""
 
 from lightslim.quantize.analysis import signal_to_noise
-from lightslim.quantize.ranges import AbsMax, ChannelWiseAbsMax, MovingAverageAbsMax, Range, RangeAbsMax
+from lightslim.quantize.integers import for_mobile, to_int8
+from lightslim.quantize.ranges import (
+    AbsMax,
+    Bounds,
+    ChannelWiseAbsMax,
+    MovingAverageAbsMax,
+    MovingAverageMinMax,
+    Range,
+    RangeAbsMax,
+)
 from lightslim.quantize.strategy import QuantizationStrategy
 from lightslim.quantize.transform import FakeQuantize, freeze, quantizers, transform, untransform
 
 __all__ = [
     "AbsMax",
+    "Bounds",
     "ChannelWiseAbsMax",
     "FakeQuantize",
     "MovingAverageAbsMax",
+    "MovingAverageMinMax",
     "QuantizationStrategy",
     "Range",
     "RangeAbsMax",
+    "for_mobile",
     "freeze",
     "quantizers",
     "signal_to_noise",
+    "to_int8",
     "transform",
     "untransform",
 ]

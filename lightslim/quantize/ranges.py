@@ -1,10 +1,11 @@
-"""How far a tensor reaches: small stateful parts that give the largest magnitude to quantize up to.
+"""How far a tensor reaches: small stateful parts that say from where to where its grid spans.
 
-A range is called with the tensor and returns ``amax``: a 0-d tensor, or one value per position of ``axis``. Static
-ranges learn in training mode and stay as they are in evaluation mode; dynamic ones look at the tensor each time.
+A range is called with the tensor and returns its :class:`Bounds`. Those that learn do so in training mode, and stay as
+they are in evaluation mode; exact ones look at the tensor at hand each time.
 """
 
-from typing import ClassVar
+import math
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +13,39 @@ from torch import Tensor, nn
 from lightslim.errors import CompressionError
 
 
+class Bounds(NamedTuple):
+    """Where the grid of a tensor ends.
+
+    Attributes:
+        amax: the largest value of the grid, 0-d or one per channel, without gradient.
+        amin: the smallest one; None for ``-amax``.
+        clips: whether values may lie outside; False makes the backward pass free.
+    """
+
+    amax: Tensor
+    amin: Tensor | None = None
+    clips: bool = True
+
+
 class Range(nn.Module):
     """The base of all ranges.
 
     Args:
         axis: the dimension with a range for each of its positions; None for one range of the whole tensor.
+        bits: width of the integers, which some ranges weigh: 2 to 16.
 
     Attributes:
-        exact: whether ``amax`` is always that of the very tensor, so that nothing is ever clipped.
+        exact: whether the bounds are always the largest magnitudes of the tensor at hand, in use as in training.
+        per_channel: whether it is made for the channels of a weight.
     """
 
     exact: ClassVar[bool] = False
+    per_channel: ClassVar[bool] = False
 
-    def __init__(self, axis: int | None = None) -> None:
+    def __init__(self, axis: int | None = None, bits: int = 8) -> None:
         super().__init__()
         self.axis = axis
+        self.bits = bits
 
     def magnitude(self, x: Tensor) -> Tensor:
         """The largest magnitude in ``x``, without gradient: 0-d, or 1-D along ``axis``; 0 where there is nothing."""
@@ -35,89 +54,136 @@ class Range(nn.Module):
             return x.new_zeros(() if self.axis is None else x.shape[self.axis])
         if self.axis is None:
             low, high = torch.aminmax(x)
-            return torch.maximum(-low, high)
+            return torch.maximum(low.neg_(), high)
         others = [d for d in range(x.ndim) if d != self.axis % x.ndim]
-        return torch.maximum(x.amax(others), -x.amin(others)) if others else x.abs()
+        return torch.maximum(x.amax(others), x.amin(others).neg_()) if others else x.abs()
+
+    def agreed(self) -> list[Tensor]:
+        """The buffers of which all processes of a distributed run take the largest values after each step."""
+        return [buffer for buffer in self.buffers() if buffer.is_floating_point()]
 
 
 class AbsMax(Range):
     """The largest magnitude of the tensor at hand, at every step and in use: ``s = max |x|``.
 
     Example:
-        >>> AbsMax()(torch.tensor([1.0, -3.0])).item()
+        >>> AbsMax()(torch.tensor([1.0, -3.0])).amax.item()
         3.0
     """
 
     exact = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``amax`` of ``x``."""
-        return self.magnitude(x)
+    def forward(self, x: Tensor) -> Bounds:
+        """The bounds of ``x``."""
+        return Bounds(self.magnitude(x), clips=False)
 
 
 class ChannelWiseAbsMax(AbsMax):
     """The same for each channel of a weight: ``s_c = max |x_c|``. The layer says which dimension holds the channels.
 
     Example:
-        >>> ChannelWiseAbsMax(axis=0)(torch.tensor([[1.0, -3.0], [0.5, 0.2]])).tolist()
+        >>> ChannelWiseAbsMax(axis=0)(torch.tensor([[1.0, -3.0], [0.5, 0.2]])).amax.tolist()
         [3.0, 0.5]
     """
 
-    def __init__(self, axis: int | None = 0) -> None:
-        super().__init__(axis)
+    per_channel = True
+
+    def __init__(self, axis: int | None = 0, bits: int = 8) -> None:
+        super().__init__(axis, bits)
 
 
 class MovingAverageAbsMax(Range):
     """An average of the magnitudes seen in training, the latest weighing most.
 
-    ``state = rate * state + 1``, ``accum = rate * accum + max |x|``, ``s = accum / state``. Both start at 0, so that
-    the first step's range is that step's magnitude (the seed starts at 1, which pulls early ranges towards it).
+    ``state = rate * state + 1``, ``s = s + (max |x| - s) / state``: the seed's ``accum / state``, but both start at 0,
+    so that the first step's range is that step's magnitude (the seed starts at 1, which pulls early ranges towards it).
+    What is not finite teaches nothing, so one overflow in half precision does no lasting harm.
 
     Args:
-        axis: see :class:`Range`.
+        axis: must be None.
+        bits: see :class:`Range`.
         rate: how much of the past stays, in (0, 1).
 
     Example:
         >>> rule = MovingAverageAbsMax(rate=0.5)
-        >>> rule(torch.tensor([4.0])).item(), rule(torch.tensor([1.0])).item(), rule.eval()(torch.tensor([9.0])).item()
-        (4.0, 2.0, 2.0)
+        >>> [rule(torch.tensor([x])).amax.item() for x in (4.0, 1.0)], rule.eval()(torch.tensor([9.0])).amax.item()
+        ([4.0, 2.0], 2.0)
     """
 
-    def __init__(self, axis: int | None = None, rate: float = 0.9) -> None:
-        super().__init__(axis)
-        if not 0 < rate < 1:
-            raise CompressionError(f"rate is {rate}; it must lie between 0 and 1")
-        self.rate = rate
+    def __init__(self, axis: int | None = None, bits: int = 8, rate: float = 0.9) -> None:
+        super().__init__(axis, bits)
+        check_whole(axis, "moving_average_abs_max")
+        self.rate = check_rate(rate)
         self.state: Tensor
-        self.accum: Tensor
+        self.amax: Tensor
         self.register_buffer("state", torch.zeros(()))
-        self.register_buffer("accum", torch.zeros(()))
+        self.register_buffer("amax", torch.zeros(()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``amax``, after learning from ``x`` in training mode."""
-        if self.training:
-            self.state.mul_(self.rate).add_(1.0)
-            self.accum = self.accum * self.rate + self.magnitude(x).float()
-        return self.accum / self.state.clamp_min(1e-12)
+    def forward(self, x: Tensor) -> Bounds:
+        """The bounds, after learning from ``x`` in training mode."""
+        if not self.training or not x.numel():
+            return Bounds(self.amax)
+        peak = number(self.magnitude(x))
+        average(self.amax, peak, advance(self.state, self.rate))
+        # A copy: the backward pass needs it as it is now
+        return Bounds(self.amax.clone(), clips=may_exceed(peak, self.amax))
+
+
+class MovingAverageMinMax(Range):
+    """The same for the smallest and the largest value: an affine grid, which spends no codes where no values are.
+
+    Behind a ReLU all ``2**bits`` codes serve positive numbers. Zero is always on the grid.
+
+    Args:
+        axis: must be None.
+        bits: see :class:`Range`.
+        rate: how much of the past stays, in (0, 1).
+
+    Example:
+        >>> bounds = MovingAverageMinMax()(torch.tensor([-1.0, 3.0]))
+        >>> bounds.amin.item(), bounds.amax.item()
+        (-1.0, 3.0)
+    """
+
+    def __init__(self, axis: int | None = None, bits: int = 8, rate: float = 0.9) -> None:
+        super().__init__(axis, bits)
+        check_whole(axis, "moving_average_min_max")
+        self.rate = check_rate(rate)
+        self.state: Tensor
+        self.amax: Tensor
+        self.negative_amin: Tensor
+        self.register_buffer("state", torch.zeros(()))
+        self.register_buffer("amax", torch.zeros(()))
+        # Negative, so that the wider range is the larger number wherever processes agree on one
+        self.register_buffer("negative_amin", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Bounds:
+        """The bounds, after learning from ``x`` in training mode."""
+        if self.training and x.numel():
+            low, high = torch.aminmax(x.detach())
+            state = advance(self.state, self.rate)
+            average(self.amax, number(high), state)
+            average(self.negative_amin, number(low.neg_()), state)
+        return Bounds(self.amax.clone(), -self.negative_amin)
 
 
 class RangeAbsMax(Range):
     """The largest magnitude of the last ``window_size`` training steps.
 
     Args:
-        axis: see :class:`Range`; a window keeps one range of the whole tensor, so it must be None.
+        axis: a window keeps one range of the whole tensor, so it must be None.
+        bits: see :class:`Range`.
         window_size: how many steps count.
 
     Example:
         >>> rule = RangeAbsMax(window_size=2)
-        >>> [rule(torch.tensor([x])).item() for x in (3.0, 1.0, 2.0)]
+        >>> [rule(torch.tensor([x])).amax.item() for x in (3.0, 1.0, 2.0)]
         [3.0, 3.0, 2.0]
     """
 
-    def __init__(self, axis: int | None = None, window_size: int = 10000) -> None:
-        super().__init__(axis)
-        if axis is not None:
-            raise CompressionError("range_abs_max keeps one range of the whole tensor; use channel_wise_abs_max")
+    def __init__(self, axis: int | None = None, bits: int = 8, window_size: int = 10000) -> None:
+        super().__init__(axis, bits)
+        check_whole(axis, "range_abs_max")
         if window_size < 1:
             raise CompressionError(f"window_size is {window_size}; it must be 1 or more")
         self.window: Tensor
@@ -125,10 +191,61 @@ class RangeAbsMax(Range):
         self.register_buffer("window", torch.zeros(window_size))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``amax``, after learning from ``x`` in training mode."""
-        if self.training:
-            position = (self.seen % self.window.numel()).reshape(1)
-            self.window.index_copy_(0, position, self.magnitude(x).float().reshape(1))
-            self.seen += 1
-        return self.window.amax()
+    def forward(self, x: Tensor) -> Bounds:
+        """The bounds, after learning from ``x`` in training mode: nothing of this very ``x`` is clipped then."""
+        if not self.training:
+            return Bounds(self.window.amax())
+        peak = self.magnitude(x).float()
+        position = (self.seen % self.window.numel()).reshape(1)
+        self.window.index_copy_(0, position, peak.nan_to_num(0.0, posinf=0.0).reshape(1))
+        self.seen += 1
+        amax = self.window.amax()
+        return Bounds(amax, clips=may_exceed(number(peak), amax))
+
+
+def number(value: Tensor) -> Tensor | float:
+    """``value`` as a Python number where reading it stops nothing: tiny tensor operations cost more than all else."""
+    return value if torch.compiler.is_compiling() or value.device.type != "cpu" else value.item()
+
+
+def advance(state: Tensor, rate: float) -> Tensor | float:
+    """``state * rate + 1``, kept and returned."""
+    now = number(state)
+    if isinstance(now, float):
+        state.fill_(now * rate + 1.0)
+    else:
+        state.mul_(rate).add_(1.0)
+    return number(state)
+
+
+def average(value: Tensor, new: Tensor | float, state: Tensor | float) -> None:
+    """Move ``value`` by ``(new - value) / state`` in place, unless ``new`` is not finite.
+
+    Example:
+        >>> value = torch.tensor(1.0)
+        >>> average(value, 3.0, 2.0), average(value, math.nan, 2.0), value
+        (None, None, tensor(2.))
+    """
+    if isinstance(new, float):
+        now = value.item()
+        value.fill_(now + (new - now) / state if math.isfinite(new) else now)
+    else:
+        value.add_(torch.where(new.isfinite(), new - value, 0.0) / state)
+
+
+def may_exceed(peak: Tensor | float, amax: Tensor) -> bool:
+    """Whether a tensor with this ``peak`` may be clipped; yes where the numbers cannot be looked at."""
+    return not (isinstance(peak, float) and peak <= amax.item())
+
+
+def check_rate(rate: float) -> float:
+    """Raise unless ``rate`` is a share of the past that can be kept."""
+    if not 0 < rate < 1:
+        raise CompressionError(f"rate is {rate}; it must lie between 0 and 1")
+    return rate
+
+
+def check_whole(axis: int | None, name: str) -> None:
+    """Raise if there is an axis: the range called ``name`` is one of the whole tensor."""
+    if axis is not None:
+        raise CompressionError(f"{name} keeps one range of the whole tensor; use channel_wise_abs_max")

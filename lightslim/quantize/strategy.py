@@ -11,15 +11,9 @@ from typing_extensions import override
 
 from lightslim.infit import evaluate, logged_names, probe_of
 from lightslim.quantize.analysis import signal_to_noise
-from lightslim.quantize.transform import (
-    FakeQuantize,
-    Settings,
-    plan_layers,
-    quantized_layers,
-    quantizers,
-    transform,
-    untransform,
-)
+from lightslim.quantize.plan import Settings, check_weights, plan_layers
+from lightslim.quantize.ranges import Range
+from lightslim.quantize.transform import FakeQuantize, attach, quantized_layers, quantizers, untransform, watching
 from lightslim.registry import registry
 from lightslim.steps import Probe
 from lightslim.strategy import CompressionStrategy, changed_metrics, check_metric
@@ -40,11 +34,14 @@ class QuantizationStrategy(CompressionStrategy):
         weight_bits: bits of a weight, 2 to 16; biases stay in float.
         activation_bits: bits of an input, 2 to 16.
         weight_quantize_type: ``abs_max`` or ``channel_wise_abs_max``.
-        activation_quantize_type: ``abs_max``, ``range_abs_max`` or ``moving_average_abs_max``.
+        activation_quantize_type: ``abs_max``, ``range_abs_max``, ``moving_average_abs_max``,
+            ``moving_average_min_max`` (affine), or one for calibration: ``max``, ``percentile``, ``mse``, ``entropy``.
         save_in_nodes: names of the inputs at which a written model is cut.
         save_out_nodes: names of the outputs at which a written model is cut.
         skip: patterns of layer names that stay in float.
         overrides: pattern of layer names to the settings that differ there.
+        weight_range: arguments of the weights' range.
+        activation_range: arguments of the inputs' range, as ``{"rate": 0.99}``.
         calibration_batches: validation batches that the ranges see before the first step.
         metric_name: a metric that the module logs, shown before and after.
         name: tells strategies of one class apart.
@@ -75,12 +72,21 @@ class QuantizationStrategy(CompressionStrategy):
         save_out_nodes: Sequence[str] | None = None,
         skip: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        weight_range: Mapping[str, Any] | None = None,
+        activation_range: Mapping[str, Any] | None = None,
         calibration_batches: int = 8,
         metric_name: str | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(start_epoch, end_epoch, name)
-        self.settings = Settings(weight_bits, activation_bits, weight_quantize_type, activation_quantize_type)
+        self.settings = Settings(
+            weight_bits,
+            activation_bits,
+            weight_quantize_type,
+            activation_quantize_type,
+            weight_range or {},
+            activation_range or {},
+        )
         self.skip, self.overrides = tuple(skip), dict(overrides or {})
         self.save_paths = {
             "float": float_model_save_path,
@@ -125,7 +131,7 @@ class QuantizationStrategy(CompressionStrategy):
 
     def _arm(self, module: nn.Module) -> None:
         """Put fake quantization into ``module``, with what its ranges have learned so far."""
-        transform(module, **vars(self.settings), skip=self.skip, overrides=self.overrides)
+        attach(module, plan_layers(module, self.settings, self.skip, self.overrides))
         self._quantizers = dict(quantizers(module))
         for name, quantizer in self._quantizers.items():
             for key, buffer in quantizer.named_buffers():
@@ -140,6 +146,8 @@ class QuantizationStrategy(CompressionStrategy):
     def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> str:
         check_metric(self.metric_name, logged_names(trainer, pl_module, probe_of(trainer, pl_module)))
         layers = plan_layers(pl_module, self.settings, self.skip, self.overrides)
+        # What starts later may have learned by then
+        check_weights(pl_module, layers, zeros_allowed=self.start_epoch > 0)
         rows = [(name, str(s.weight_bits), s.weight_quantize_type, str(s.activation_bits), s.activation_quantize_type)
                 for name, s in layers.items()]  # fmt: skip
         return f"{len(rows)} layers\n" + table(("layer", "weight bits", "range", "input bits", "range"), rows)
@@ -149,7 +157,8 @@ class QuantizationStrategy(CompressionStrategy):
         before = evaluate(trainer, pl_module)
         self._arm(pl_module)
         rules = [quantizer.rule for quantizer in self._quantizers.values()]
-        evaluate(trainer, pl_module, limit=self.calibration_batches, learning=rules)
+        with watching(pl_module):
+            evaluate(trainer, pl_module, limit=self.calibration_batches, learning=rules)
         synchronize(trainer, rules)
         idle = unreached(probe_of(trainer, pl_module), pl_module)
         if idle:
@@ -182,9 +191,9 @@ def _keep_out_of_state_dict(quantizer: FakeQuantize) -> None:
         quantizer.rule.register_buffer(name, buffer, persistent=False)
 
 
-def synchronize(trainer: Trainer, rules: Sequence[nn.Module]) -> None:
+def synchronize(trainer: Trainer, rules: Sequence[Range]) -> None:
     """Give all processes the widest of their ranges, in one collective."""
-    buffers = [buffer for rule in rules for buffer in rule.buffers() if buffer.is_floating_point()]
+    buffers = [buffer for rule in rules for buffer in rule.agreed()]
     if trainer.world_size == 1 or not buffers:
         return
     joined = trainer.strategy.reduce(torch.cat([buffer.flatten() for buffer in buffers]), reduce_op="max")

@@ -1,22 +1,20 @@
 """Put fake quantization into a model, and take it out again: the seed's passes as functions on a module."""
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from lightslim.errors import CompressionError, did_you_mean
 from lightslim.kernels import fake_quant
-from lightslim.patterns import select
+from lightslim.quantize.plan import INPUT, Settings, check_weights, plan_layers, quantizable
 from lightslim.quantize.ranges import Range
-from lightslim.registry import registry
+from lightslim.quantize.together import Together
 
 M = TypeVar("M", bound=nn.Module)
-INPUT = "input_quantizer"
 
 
 class FakeQuantize(nn.Module):
@@ -25,48 +23,37 @@ class FakeQuantize(nn.Module):
     ``y = round(clamp(x, -s, s) * R / s) * s / R`` with ``R = 2 ** (bits - 1) - 1`` and the range ``s``.
 
     Args:
-        rule: says how far the tensor reaches.
-        bits: 2 to 16.
+        rule: says how far the tensor reaches, and how many bits there are.
+        together: shared by the weights of a model, which it quantizes in one go.
+
+    Attributes:
+        rounds: False while the range only watches and the tensor goes through as it is.
     """
 
-    def __init__(self, rule: Range, bits: int = 8) -> None:
+    def __init__(self, rule: Range, together: Together | None = None) -> None:
         super().__init__()
         self.rule = rule
-        self.bits = bits
+        self.together = together if rule.exact else None
+        self.rounds = True
+
+    @property
+    def bits(self) -> int:
+        """Width of the integers, 2 to 16."""
+        return self.rule.bits
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid, same shape and dtype."""
-        return fake_quant(x, self.rule(x), self.bits, self.rule.axis, clips=not self.rule.exact)
+        rule = self.rule
+        if self.together is not None and self.rounds and not torch.compiler.is_compiling():
+            return self.together.take(rule, x)
+        bounds = rule(x)
+        if not self.rounds:
+            return x
+        return fake_quant(x, bounds.amax, rule.bits, rule.axis, amin=bounds.amin, clips=bounds.clips)
 
     def extra_repr(self) -> str:
         """Shown in the module's text."""
         return f"bits={self.bits}"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How one layer is quantized; ranges by their registered names.
-
-    Raises:
-        CompressionError: bits out of bounds or an unknown range.
-    """
-
-    weight_bits: int = 8
-    activation_bits: int = 8
-    weight_quantize_type: str = "channel_wise_abs_max"
-    activation_quantize_type: str = "moving_average_abs_max"
-
-    def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits"):
-            if not 2 <= getattr(self, name) <= 16:
-                raise CompressionError(f"{name} is {getattr(self, name)}; a quantized number has 2 to 16 bits")
-        for name in ("weight_quantize_type", "activation_quantize_type"):
-            registry().get("range", getattr(self, name))
-
-
-def quantizable(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that can be quantized, convolutions and linear ones, by name."""
-    return {name: child for name, child in model.named_modules() if isinstance(child, (_ConvNd, nn.Linear))}
 
 
 def transform(
@@ -77,6 +64,8 @@ def transform(
     activation_quantize_type: str = "moving_average_abs_max",
     skip: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    weight_range: Mapping[str, Any] | None = None,
+    activation_range: Mapping[str, Any] | None = None,
 ) -> M:
     """Quantize, in training and evaluation alike, the weight and the input of every convolution and linear layer.
 
@@ -88,16 +77,19 @@ def transform(
         weight_bits: bits of a weight, 2 to 16.
         activation_bits: bits of an input, 2 to 16.
         weight_quantize_type: name of the weights' range: ``abs_max`` or ``channel_wise_abs_max``.
-        activation_quantize_type: name of the inputs' range: ``abs_max``, ``range_abs_max``, ``moving_average_abs_max``.
+        activation_quantize_type: name of the inputs' range: ``moving_average_abs_max``, ``moving_average_min_max``,
+            ``abs_max``, ``range_abs_max`` or one of those for calibration, see :func:`quantize`.
         skip: patterns of layer names that stay in float.
         overrides: pattern of layer names to the settings that differ there, as ``{"head": {"weight_bits": 16}}``.
+        weight_range: arguments of the weights' range.
+        activation_range: arguments of the inputs' range, as ``{"rate": 0.99}``.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        CompressionError: nothing to quantize, a pattern that fits nothing, an unknown range, bits out of bounds; the
-            model is untouched then.
+        CompressionError: nothing to quantize, a pattern that fits nothing, an unknown range, bits out of bounds, a
+            weight that holds only zeros or something that is no number; the model is untouched then.
 
     Example:
         >>> import torch
@@ -107,49 +99,32 @@ def transform(
         >>> "0.weight" in net.state_dict()
         True
     """
-    common = Settings(weight_bits, activation_bits, weight_quantize_type, activation_quantize_type)
-    layers = quantizable(model)
+    common = Settings(
+        weight_bits,
+        activation_bits,
+        weight_quantize_type,
+        activation_quantize_type,
+        weight_range or {},
+        activation_range or {},
+    )
     plan = plan_layers(model, common, skip, overrides or {})
-    pairs = {name: _quantizers(layers[name], settings) for name, settings in plan.items()}
+    check_weights(model, plan)
+    return attach(model, plan)
+
+
+def attach(model: M, plan: Mapping[str, Settings]) -> M:
+    """Put fake quantization into the layers that ``plan`` names, in place."""
+    layers = quantizable(model)
+    together = Together()
+    pairs = {name: _quantizers(layers[name], settings, together) for name, settings in plan.items()}
     for name, (weight, inputs) in pairs.items():
         _attach(layers[name], weight, inputs)
     return model
 
 
-def plan_layers(
-    model: nn.Module, common: Settings, skip: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Settings]:
-    """Which layers are to be quantized, and how; see :func:`transform` for the arguments and errors."""
-    layers = quantizable(model)
-    skipped = {name for pattern in skip for name in select(pattern, layers, "skip")}
-    left = [name for name in layers if name not in skipped]
-    if not left:
-        raise CompressionError("there is nothing to quantize: no convolution or linear layer is left")
-    for name in left:
-        if hasattr(layers[name], INPUT):
-            raise CompressionError(f"{name} is quantized already")
-        if parametrize.is_parametrized(layers[name]):
-            raise CompressionError(f"{name} has a parametrization of its own (weight norm?): remove it or skip it")
-    plan = dict.fromkeys(left, common)
-    for pattern, changes in overrides.items():
-        for name in select(pattern, left, "overrides"):
-            plan[name] = _changed(plan[name], changes)
-    return plan
-
-
-def _changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    unknown = next((key for key in changes if key not in vars(settings)), None)
-    if unknown is not None:
-        raise CompressionError(f"overrides: {unknown!r} is no setting; {did_you_mean(unknown, vars(settings))}")
-    return replace(settings, **changes)
-
-
-def _quantizers(layer: nn.Module, settings: Settings) -> tuple[FakeQuantize, FakeQuantize]:
-    channels = 1 if getattr(layer, "transposed", False) else 0
-    per_channel = settings.weight_quantize_type.startswith("channel_wise")
-    weight = registry().get("range", settings.weight_quantize_type)(axis=channels if per_channel else None)
-    inputs = registry().get("range", settings.activation_quantize_type)(axis=None)
-    return FakeQuantize(weight, settings.weight_bits), FakeQuantize(inputs, settings.activation_bits)
+def _quantizers(layer: nn.Module, settings: Settings, together: Together) -> tuple[FakeQuantize, FakeQuantize]:
+    weight = settings.weight_rule(1 if getattr(layer, "transposed", False) else 0)
+    return FakeQuantize(weight, together), FakeQuantize(settings.activation_rule())
 
 
 def _attach(layer: nn.Module, weight: FakeQuantize, inputs: FakeQuantize) -> None:
@@ -192,6 +167,16 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in model.named_modules() if hasattr(child, INPUT)}
 
 
+@contextlib.contextmanager
+def watching(model: nn.Module) -> Iterator[None]:
+    """Meanwhile ``model`` computes in float: its ranges see what goes by, nothing is rounded."""
+    with contextlib.ExitStack() as stack:
+        for _, quantizer in quantizers(model):
+            stack.callback(setattr, quantizer, "rounds", quantizer.rounds)
+            quantizer.rounds = False
+        yield
+
+
 def untransform(model: M, rounded: bool = False) -> M:
     """Take fake quantization out again, in place.
 
@@ -200,14 +185,14 @@ def untransform(model: M, rounded: bool = False) -> M:
         rounded: whether weights keep the values on the grid; else they are the full-precision ones.
     """
     for layer in quantized_layers(model).values():
-        _restore_weight(layer, rounded)
+        restore_weight(layer, rounded)
         delattr(layer, INPUT)
         for hook in layer.__dict__.pop("_quantize_hooks"):
             hook.remove()
     return model
 
 
-def _restore_weight(layer: Any, rounded: bool) -> None:
+def restore_weight(layer: Any, rounded: bool) -> None:
     """Make ``weight`` the plain parameter again, in its old place among the others.
 
     Not ``parametrize.remove_parametrizations``: it edits the layer's class, which copies of the layer share.
@@ -237,7 +222,7 @@ def freeze(model: M) -> M:
     """
     frozen = copy.deepcopy(model).eval()
     for layer in quantized_layers(frozen).values():
-        _restore_weight(layer, rounded=True)
+        restore_weight(layer, rounded=True)
         *_, to_plain, from_plain = layer.__dict__["_quantize_hooks"]
         to_plain.remove()
         from_plain.remove()

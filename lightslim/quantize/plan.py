@@ -1,0 +1,115 @@
+"""Which layers of a model are quantized, and how: settings, patterns, and what cannot be."""
+
+import inspect
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from lightslim.errors import CompressionError, did_you_mean
+from lightslim.patterns import select
+from lightslim.quantize.ranges import Range
+from lightslim.registry import registry
+
+INPUT = "input_quantizer"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one layer is quantized; ranges by their registered names, with arguments of theirs.
+
+    Raises:
+        CompressionError: bits out of bounds, an unknown range or argument, or a range where it does not belong.
+    """
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    weight_quantize_type: str = "channel_wise_abs_max"
+    activation_quantize_type: str = "moving_average_abs_max"
+    weight_range: Mapping[str, Any] = field(default_factory=dict)
+    activation_range: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            bits = getattr(self, name)
+            if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16:
+                raise CompressionError(f"{name} is {bits!r}; a quantized number has 2 to 16 bits")
+        self.weight_rule(0)
+        if self.activation_rule().per_channel:
+            raise CompressionError(
+                f"activation_quantize_type is {self.activation_quantize_type!r}, which is for weights: the channels "
+                "of an input share one range"
+            )
+
+    def weight_rule(self, channels: int) -> Range:
+        """A new range for a weight whose dimension ``channels`` holds the output channels."""
+        kind = registry().get("range", self.weight_quantize_type)
+        axis = channels if kind.per_channel else None
+        return _built("weight_range", kind, self.weight_range, axis=axis, bits=self.weight_bits)
+
+    def activation_rule(self) -> Range:
+        """A new range for an input."""
+        kind = registry().get("range", self.activation_quantize_type)
+        return _built("activation_range", kind, self.activation_range, axis=None, bits=self.activation_bits)
+
+
+def _built(argument: str, kind: type[Range], options: Mapping[str, Any], **common: Any) -> Range:
+    known = [name for name in inspect.signature(kind).parameters if name not in common]
+    for name in options:
+        if name not in known:
+            raise CompressionError(f"{argument}: {kind.__name__} has no {name!r}; {did_you_mean(name, known)}")
+    return kind(**common, **options)
+
+
+def quantizable(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can be quantized, convolutions and linear ones, by name."""
+    return {name: child for name, child in model.named_modules() if isinstance(child, (_ConvNd, nn.Linear))}
+
+
+def plan_layers(
+    model: nn.Module, common: Settings, skip: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Settings]:
+    """Which layers are to be quantized, and how; see ``transform`` for the arguments and errors."""
+    layers = quantizable(model)
+    skipped = {name for pattern in skip for name in select(pattern, layers, "skip")}
+    left = [name for name in layers if name not in skipped]
+    if not left:
+        raise CompressionError("there is nothing to quantize: no convolution or linear layer is left")
+    for name in left:
+        if hasattr(layers[name], INPUT):
+            raise CompressionError(f"{name} is quantized already")
+        if isinstance(layers[name].weight, nn.UninitializedParameter):
+            raise CompressionError(f"{name} has no shape yet: run the model on a batch first")
+        if parametrize.is_parametrized(layers[name]):
+            raise CompressionError(f"{name} has a parametrization of its own (weight norm?): remove it or skip it")
+    plan = dict.fromkeys(left, common)
+    for pattern, changes in overrides.items():
+        for name in select(pattern, left, "overrides"):
+            plan[name] = _changed(plan[name], changes)
+    return plan
+
+
+def _changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    unknown = next((key for key in changes if key not in vars(settings)), None)
+    if unknown is not None:
+        raise CompressionError(f"overrides: {unknown!r} is no setting; {did_you_mean(unknown, vars(settings))}")
+    return replace(settings, **changes)
+
+
+def check_weights(model: nn.Module, plan: Collection[str], zeros_allowed: bool = False) -> None:
+    """Raise if a weight of the layers in ``plan`` has no range: it is not finite, or all of it is zero."""
+    for name in plan:
+        weight = model.get_parameter(f"{name}.weight")
+        if weight.is_meta or not weight.numel():
+            continue
+        peak = weight.detach().abs().amax().item()
+        if not math.isfinite(peak):
+            raise CompressionError(f"the weight of {name} holds {peak}: it cannot be quantized")
+        if peak == 0 and not zeros_allowed:
+            raise CompressionError(
+                f"the weight of {name} is all zeros, it has no range yet: skip it, or quantize once it has learned"
+            )
