@@ -17,3 +17,7 @@ def lightslim_register(registry: Registry) -> None:
     registry.add("range", quantize.RangeAbsMax, "range_abs_max")
     registry.add("range", quantize.MovingAverageAbsMax, "moving_average_abs_max")
     registry.add("range", quantize.MovingAverageMinMax, "moving_average_min_max")
+    registry.add("range", quantize.Max, "max")
+    registry.add("range", quantize.Percentile, "percentile")
+    registry.add("range", quantize.LeastSquares, "mse")
+    registry.add("range", quantize.Entropy, "entropy")

@@ -206,11 +206,11 @@ def cut_in_fit(trainer: Trainer, module: LightningModule, cut: Cut) -> None:
     module.zero_grad(set_to_none=True)
     with _unwrapped(trainer):
         apply(module, cut, optimizers)
-        for copy in _averaged_copies(trainer):
+        for copy in averaged_copies(trainer):
             apply(copy, cut)
 
 
-def _averaged_copies(trainer: Trainer) -> Iterator[nn.Module]:
+def averaged_copies(trainer: Trainer) -> Iterator[nn.Module]:
     """The module's moving averages that Lightning's own averaging callbacks keep."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average: Any = getattr(callback, "_average_model", None)

@@ -77,6 +77,15 @@ class CompressionStrategy(Callback):
         """Act. Returns the plain record of what was done."""
         raise NotImplementedError
 
+    def evaluate_as(self, trainer: Trainer, pl_module: LightningModule, state: Mapping[str, Any] | None) -> None:
+        """Called when the weights of a checkpoint are about to be loaded for validation, test or prediction.
+
+        Args:
+            trainer: evaluates.
+            pl_module: has the structure of the checkpoint already.
+            state: this strategy's state in it; None if it has none.
+        """
+
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
         """End the phase. Returns a record if there is something to tell."""
         return None
@@ -89,7 +98,7 @@ class CompressionStrategy(Callback):
             self._check_schedule(trainer)
             self._forget_other(pl_module)
         if self is _first_strategy(trainer):
-            self._traces.enter_context(_structured_checkpoints(pl_module))
+            self._traces.enter_context(_structured_checkpoints(trainer, pl_module))
 
     def _forget_other(self, module: LightningModule) -> None:
         """Start afresh on a module that this strategy has not acted on; a resumed run brings its state after this."""
@@ -164,16 +173,20 @@ def _first_strategy(trainer: Trainer) -> CompressionStrategy | None:
     return next(iter(strategies_of(trainer)), None)
 
 
-def _structured_checkpoints(module: LightningModule) -> contextlib.AbstractContextManager[None]:
+def _structured_checkpoints(trainer: Trainer, module: LightningModule) -> contextlib.AbstractContextManager[None]:
     """While in force, the module's checkpoints hold its structure, and loading one restores that structure first.
 
     Lightning hands callbacks their state only after the weights are loaded, too late for shapes; the module's own hooks
-    run before. They also run for weights-only checkpoints, which skip callbacks.
+    run before. They also run for weights-only checkpoints, which skip callbacks. For evaluation callbacks get no state
+    at all.
     """
     load, save = module.on_load_checkpoint, module.on_save_checkpoint
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         conform(module, checkpoint["state_dict"], checkpoint.get(CHECKPOINT_KEY))
+        if not trainer.training:
+            for strategy in strategies_of(trainer):
+                strategy.evaluate_as(trainer, module, checkpoint.get("callbacks", {}).get(strategy.state_key))
         load(checkpoint)
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:

@@ -21,4 +21,8 @@ ROWS: dict[tuple[str, str], Callable[[], Any]] = {
     ("range", "range_abs_max"): lambda: quantize.RangeAbsMax(window_size=100),
     ("range", "moving_average_abs_max"): quantize.MovingAverageAbsMax,
     ("range", "moving_average_min_max"): quantize.MovingAverageMinMax,
+    ("range", "max"): quantize.Max,
+    ("range", "percentile"): quantize.Percentile,
+    ("range", "mse"): quantize.LeastSquares,
+    ("range", "entropy"): quantize.Entropy,
 }

@@ -34,6 +34,7 @@ class ImageClassifier(pl.LightningModule):
         learning_rate: the highest one, at the end of the warm-up.
         weight_decay: of every parameter.
         restarts: epochs at which the learning rate rises again, for instance where a strategy cuts the network.
+        restart_scale: how high it rises then, as a share of ``learning_rate``.
 
     Example:
         >>> import torch
@@ -51,6 +52,7 @@ class ImageClassifier(pl.LightningModule):
         learning_rate: float = 0.1,
         weight_decay: float = 5e-4,
         restarts: Sequence[int] = (),
+        restart_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -59,6 +61,7 @@ class ImageClassifier(pl.LightningModule):
             _named(OPTIMIZERS, optimizer, "optimizer"), lr=learning_rate, weight_decay=weight_decay
         )
         self.restarts = restarts
+        self.restart_scale = restart_scale
 
     def forward(self, images: Tensor) -> Tensor:
         """Images to the scores of each class."""
@@ -86,7 +89,7 @@ class ImageClassifier(pl.LightningModule):
             return {"optimizer": optimizer}
         per_epoch = steps / max(1, self.trainer.max_epochs or 1)
         starts = [round(epoch * per_epoch) for epoch in self.restarts]
-        schedule = LambdaLR(optimizer, cosine_cycles(int(steps), starts))
+        schedule = LambdaLR(optimizer, cosine_cycles(int(steps), starts, later=self.restart_scale))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 
 
-def cosine_cycles(steps: int, starts: Sequence[int] = (), warmup: float = 0.1) -> Callable[[int], float]:
+def cosine_cycles(
+    steps: int, starts: Sequence[int] = (), warmup: float = 0.1, later: float = 1.0
+) -> Callable[[int], float]:
     """What to multiply the learning rate with at each step: cosines towards zero, one from each of ``starts`` on.
 
     A single cycle over the whole run would have the cut meet a base that is half trained, or a rate too small to heal
@@ -14,6 +16,7 @@ def cosine_cycles(steps: int, starts: Sequence[int] = (), warmup: float = 0.1) -
         steps: of the whole run.
         starts: steps at which a new cycle begins, each between 0 and ``steps``.
         warmup: share of each cycle in which the rate grows from near zero.
+        later: how high the cycles after the first one rise.
 
     Example:
         >>> factor = cosine_cycles(steps=100, starts=[50])
@@ -25,10 +28,10 @@ def cosine_cycles(steps: int, starts: Sequence[int] = (), warmup: float = 0.1) -
     def factor(step: int) -> float:
         begin = max((bound for bound in bounds[:-1] if bound <= step), default=0)
         length = bounds[bounds.index(begin) + 1] - begin
-        rising = max(1.0, warmup * length)
+        rising, peak = max(1.0, warmup * length), 1.0 if begin == 0 else later
         done = step - begin + 1
         if done <= rising:
-            return done / rising
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - rising) / (length + 1 - rising))))
+            return peak * done / rising
+        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - rising) / (length + 1 - rising))))
 
     return factor

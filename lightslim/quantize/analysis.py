@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightslim.quantize.transform import INPUT, FakeQuantize, quantized_layers
+from lightslim.quantize.layers import INPUT, WEIGHT
+from lightslim.quantize.transform import FakeQuantize, quantized_layers
+from lightslim.steps import Probe
 
 
 def signal_to_noise(model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
@@ -51,9 +53,9 @@ def signal_to_noise(model: nn.Module, run: Callable[[], Any]) -> dict[str, float
     return {n: _decibels(ratio) for n, ratio in sorted(ratios.items(), key=lambda item: -item[1])}
 
 
-def _both(layer: Any) -> tuple[FakeQuantize, FakeQuantize]:
+def _both(layer: nn.Module) -> tuple[FakeQuantize, FakeQuantize]:
     """The quantizers of a layer's weight and of its input."""
-    return layer.parametrizations.weight[0], getattr(layer, INPUT)
+    return getattr(layer, WEIGHT), getattr(layer, INPUT)
 
 
 def _noise(noise: float, signal: float) -> float:
@@ -62,3 +64,17 @@ def _noise(noise: float, signal: float) -> float:
 
 def _decibels(ratio: float) -> float:
     return -10 * math.log10(ratio) if ratio else math.inf
+
+
+def unreached(probe: Probe, module: nn.Module) -> list[str]:
+    """The quantized layers whose inputs pass no hook in one step: their weights are used from outside."""
+    called: set[str] = set()
+    layers = quantized_layers(module)
+    handles = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
+    try:
+        probe.run()
+        probe.run(training=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name in layers if name not in called]

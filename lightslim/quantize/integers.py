@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lightslim.errors import CompressionError
 from lightslim.kernels.codes import Codes, encode, grid_of
-from lightslim.quantize.plan import INPUT
-from lightslim.quantize.transform import FakeQuantize, quantized_layers, restore_weight
+from lightslim.quantize.layers import DECODER, INPUT, WEIGHT, CodedWeight, QuantizedInput, swap
+from lightslim.quantize.transform import FakeQuantize, quantized_layers
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,7 +29,7 @@ def weight_codes(layer: Any) -> Codes:
         (torch.int8, True)
     """
     quantizer = weight_quantizer(layer)
-    weight = layer.parametrizations.weight.original.detach()
+    weight = layer._parameters["weight"].detach()
     bounds = quantizer.rule(weight)
     return encode(weight, bounds.amax, quantizer.bits, quantizer.rule.axis, amin=bounds.amin)
 
@@ -44,7 +43,7 @@ def input_codes(layer: nn.Module, x: Tensor) -> Codes:
 
 def weight_quantizer(layer: Any) -> FakeQuantize:
     """What rounds the weight of a quantized layer."""
-    quantizer: FakeQuantize = layer.parametrizations.weight[0]
+    quantizer: FakeQuantize = getattr(layer, WEIGHT)
     return quantizer
 
 
@@ -189,7 +188,9 @@ def _converted(model: M, decode: type[Decode], convert_input: Callable[[FakeQuan
 
 def _store_codes(layer: Any, decode: type[Decode]) -> None:
     codes = weight_codes(layer)
-    restore_weight(layer, rounded=False)
-    del layer.weight
+    swap(layer)
+    for name in ("weight", WEIGHT):
+        delattr(layer, name)
     layer.register_buffer("weight", codes.values)
-    parametrize.register_parametrization(layer, "weight", decode(codes), unsafe=True)
+    setattr(layer, DECODER, decode(codes))
+    swap(layer, QuantizedInput, CodedWeight)

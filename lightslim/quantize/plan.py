@@ -12,10 +12,9 @@ from torch.nn.utils import parametrize
 
 from lightslim.errors import CompressionError, did_you_mean
 from lightslim.patterns import select
+from lightslim.quantize.layers import Mixin
 from lightslim.quantize.ranges import Range
 from lightslim.registry import registry
-
-INPUT = "input_quantizer"
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def plan_layers(
     if not left:
         raise CompressionError("there is nothing to quantize: no convolution or linear layer is left")
     for name in left:
-        if hasattr(layers[name], INPUT):
+        if isinstance(layers[name], Mixin):
             raise CompressionError(f"{name} is quantized already")
         if isinstance(layers[name].weight, nn.UninitializedParameter):
             raise CompressionError(f"{name} has no shape yet: run the model on a batch first")
@@ -113,3 +112,15 @@ def check_weights(model: nn.Module, plan: Collection[str], zeros_allowed: bool =
             raise CompressionError(
                 f"the weight of {name} is all zeros, it has no range yet: skip it, or quantize once it has learned"
             )
+
+
+def check_nodes(module: nn.Module, names: Sequence[str] | None, argument: str) -> None:
+    """Raise unless each of ``names`` is an input of ``forward`` or a submodule.
+
+    Example:
+        >>> check_nodes(nn.Sequential(nn.Linear(2, 2)), ["input", "0"], "save_in_nodes")
+    """
+    known = [*inspect.signature(module.forward).parameters, *(name for name, _ in module.named_modules() if name)]
+    for name in names or ():
+        if name not in known:
+            raise CompressionError(f"{argument}: there is no {name!r}; {did_you_mean(name, known)}")

@@ -37,9 +37,11 @@ class Range(nn.Module):
     Attributes:
         exact: whether the bounds are always the largest magnitudes of the tensor at hand, in use as in training.
         per_channel: whether it is made for the channels of a weight.
+        calibrated: whether it learns in calibration only, and knows nothing without one.
     """
 
     exact: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
     per_channel: ClassVar[bool] = False
 
     def __init__(self, axis: int | None = None, bits: int = 8) -> None:
@@ -57,6 +59,10 @@ class Range(nn.Module):
             return torch.maximum(low.neg_(), high)
         others = [d for d in range(x.ndim) if d != self.axis % x.ndim]
         return torch.maximum(x.amax(others), x.amin(others).neg_()) if others else x.abs()
+
+    def watch(self, x: Tensor) -> None:
+        """Learn from ``x`` in training mode, while the model is calibrated and nothing is rounded."""
+        self(x)
 
     def agreed(self) -> list[Tensor]:
         """The buffers of which all processes of a distributed run take the largest values after each step."""
@@ -162,8 +168,9 @@ class MovingAverageMinMax(Range):
         if self.training and x.numel():
             low, high = torch.aminmax(x.detach())
             state = advance(self.state, self.rate)
-            average(self.amax, number(high), state)
-            average(self.negative_amin, number(low.neg_()), state)
+            # Zero times what is not finite is NaN: an end that is not finite keeps the other from teaching
+            average(self.amax, number(high + 0 * low), state)
+            average(self.negative_amin, number(-low + 0 * high), state)
         return Bounds(self.amax.clone(), -self.negative_amin)
 
 

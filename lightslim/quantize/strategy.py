@@ -9,13 +9,13 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightslim.infit import evaluate, logged_names, probe_of
-from lightslim.quantize.analysis import signal_to_noise
-from lightslim.quantize.plan import Settings, check_weights, plan_layers
+from lightslim.errors import CompressionError
+from lightslim.infit import averaged_copies, evaluate, logged_names, probe_of
+from lightslim.quantize.analysis import signal_to_noise, unreached
+from lightslim.quantize.plan import Settings, check_nodes, check_weights, plan_layers
 from lightslim.quantize.ranges import Range
 from lightslim.quantize.transform import FakeQuantize, attach, quantized_layers, quantizers, untransform, watching
 from lightslim.registry import registry
-from lightslim.steps import Probe
 from lightslim.strategy import CompressionStrategy, changed_metrics, check_metric
 from lightslim.tables import table
 
@@ -97,7 +97,7 @@ class QuantizationStrategy(CompressionStrategy):
         self.calibration_batches = calibration_batches
         self.metric_name = metric_name
         self._quantizers: dict[str, FakeQuantize] = {}
-        self._ranges: dict[str, dict[str, Tensor]] = {}
+        self._ranges: Mapping[str, Mapping[str, Tensor]] = {}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class QuantizationStrategy(CompressionStrategy):
         super().load_state_dict(state_dict)
         self._ranges = state_dict["ranges"]
 
-    def ranges(self) -> dict[str, dict[str, Tensor]]:
+    def ranges(self) -> Mapping[str, Mapping[str, Tensor]]:
         """What the ranges have learned: quantizer name to its buffers."""
         now = {name: {key: t.detach().clone() for key, t in q.named_buffers()} for name, q in self._quantizers.items()}
         return now or self._ranges
@@ -117,30 +117,55 @@ class QuantizationStrategy(CompressionStrategy):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and any(True for _ in pl_module.parameters()):
-            plan_layers(pl_module, self.settings, self.skip, self.overrides)
+            self._check_calibration(plan_layers(pl_module, self.settings, self.skip, self.overrides))
+            check_nodes(pl_module, self.save_in_nodes, "save_in_nodes")
+            check_nodes(pl_module, self.save_out_nodes, "save_out_nodes")
             for format_, path in self.save_paths.items():
                 if path is not None:
                     registry().get("exporter", format_)
         if stage != "fit" and self._begun:
-            self._arm(pl_module)
+            self._arm(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._begun:
-            self._arm(pl_module)
+            self._arm(trainer, pl_module)
 
-    def _arm(self, module: nn.Module) -> None:
-        """Put fake quantization into ``module``, with what its ranges have learned so far."""
-        attach(module, plan_layers(module, self.settings, self.skip, self.overrides))
+    def _check_calibration(self, plan: Mapping[str, Settings], batches: int | None = None) -> None:
+        batches = self.calibration_batches if batches is None else batches
+        blind = next((name for name, settings in plan.items() if settings.activation_rule().calibrated), None)
+        if blind is not None and not batches:
+            raise CompressionError(
+                f"{plan[blind].activation_quantize_type} learns in calibration only, and there are no "
+                "calibration_batches: give some, and validation data, or take moving_average_abs_max"
+            )
+
+    @override
+    def evaluate_as(self, trainer: Trainer, pl_module: LightningModule, state: Mapping[str, Any] | None) -> None:
+        if state is None:
+            if self._begun:
+                rank_zero_warn(f"{self.name}: the checkpoint holds no ranges; those of the last run are used")
+            return
+        self._disarm(trainer, pl_module)
+        if state["begun"]:
+            self._ranges = state["ranges"]
+            self._arm(trainer, pl_module)
+
+    def _arm(self, trainer: Trainer, module: nn.Module) -> None:
+        """Put fake quantization into ``module``, with what its ranges have learned so far.
+
+        Averaging callbacks pair the tensors of their copies with the module's by position: they get the same.
+        """
+        for each in (module, *averaged_copies(trainer)):
+            attach(each, plan_layers(each, self.settings, self.skip, self.overrides))
+            for name, quantizer in quantizers(each):
+                _restore(quantizer, self._ranges.get(name, {}))
         self._quantizers = dict(quantizers(module))
-        for name, quantizer in self._quantizers.items():
-            for key, buffer in quantizer.named_buffers():
-                buffer.copy_(self._ranges[name][key]) if name in self._ranges else None
-            _keep_out_of_state_dict(quantizer)
 
-    def _disarm(self, module: nn.Module) -> None:
+    def _disarm(self, trainer: Trainer, module: nn.Module) -> None:
         self._ranges, self._quantizers = self.ranges(), {}
-        untransform(module)
+        for each in (module, *averaged_copies(trainer)):
+            untransform(each)
 
     @override
     def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> str:
@@ -148,6 +173,8 @@ class QuantizationStrategy(CompressionStrategy):
         layers = plan_layers(pl_module, self.settings, self.skip, self.overrides)
         # What starts later may have learned by then
         check_weights(pl_module, layers, zeros_allowed=self.start_epoch > 0)
+        if not evaluate(trainer, pl_module, limit=1):
+            self._check_calibration(layers, batches=0)
         rows = [(name, str(s.weight_bits), s.weight_quantize_type, str(s.activation_bits), s.activation_quantize_type)
                 for name, s in layers.items()]  # fmt: skip
         return f"{len(rows)} layers\n" + table(("layer", "weight bits", "range", "input bits", "range"), rows)
@@ -155,7 +182,7 @@ class QuantizationStrategy(CompressionStrategy):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         before = evaluate(trainer, pl_module)
-        self._arm(pl_module)
+        self._arm(trainer, pl_module)
         rules = [quantizer.rule for quantizer in self._quantizers.values()]
         with watching(pl_module):
             evaluate(trainer, pl_module, limit=self.calibration_batches, learning=rules)
@@ -178,15 +205,19 @@ class QuantizationStrategy(CompressionStrategy):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        self._disarm(pl_module)
+        self._disarm(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._disarm(pl_module)
+        self._disarm(trainer, pl_module)
 
 
-def _keep_out_of_state_dict(quantizer: FakeQuantize) -> None:
+def _restore(quantizer: FakeQuantize, learned: Mapping[str, Tensor]) -> None:
+    """Fill in what a range has learned; checkpoints of the module stay without it."""
+    for name, buffer in list(quantizer.named_buffers()):
+        if name in learned:
+            buffer.copy_(learned[name])
     for name, buffer in list(quantizer.rule.named_buffers()):
         quantizer.rule.register_buffer(name, buffer, persistent=False)
 
@@ -199,17 +230,3 @@ def synchronize(trainer: Trainer, rules: Sequence[Range]) -> None:
     joined = trainer.strategy.reduce(torch.cat([buffer.flatten() for buffer in buffers]), reduce_op="max")
     for buffer, part in zip(buffers, joined.split([buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(part.reshape(buffer.shape))
-
-
-def unreached(probe: Probe, module: nn.Module) -> list[str]:
-    """The quantized layers whose inputs pass no hook in one step: their weights are used from outside."""
-    called: set[str] = set()
-    layers = quantized_layers(module)
-    handles = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
-    try:
-        probe.run()
-        probe.run(training=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [name for name in layers if name not in called]

@@ -69,13 +69,18 @@ class HandOn(Function):
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:
-    """Changes whenever the weight is written to, moved or converted."""
-    return weight.data_ptr(), weight._version, weight.dtype, weight.shape, torch.is_inference_mode_enabled()
+    """Changes whenever the weight is written to, moved or converted, and between training and evaluation.
+
+    Averaging callbacks exchange weights for evaluation by ``data.copy_``, which a version counter does not notice.
+    """
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    return weight.data_ptr(), weight._version, weight.dtype, weight.shape, modes
 
 
-@torch.no_grad()
 def _round(weights: Mapping[Range, Tensor]) -> dict[Range, tuple[Any, Tensor]]:
-    return {rule: (_state(weights[rule]), value) for rule, value in _quantized(weights)}
+    states = {rule: _state(weight) for rule, weight in weights.items()}
+    with torch.no_grad():
+        return {rule: (states[rule], value) for rule, value in _quantized(weights)}
 
 
 def _quantized(weights: Mapping[Range, Tensor]) -> Iterator[tuple[Range, Tensor]]:

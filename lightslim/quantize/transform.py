@@ -2,15 +2,15 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lightslim.kernels import fake_quant
-from lightslim.quantize.plan import INPUT, Settings, check_weights, plan_layers, quantizable
+from lightslim.quantize.layers import INPUT, WEIGHT, QuantizedInput, QuantizedWeight, swap
+from lightslim.quantize.plan import Settings, check_weights, plan_layers, quantizable
 from lightslim.quantize.ranges import Range
 from lightslim.quantize.together import Together
 
@@ -44,11 +44,12 @@ class FakeQuantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid, same shape and dtype."""
         rule = self.rule
-        if self.together is not None and self.rounds and not torch.compiler.is_compiling():
+        if not self.rounds:
+            rule.watch(x)
+            return x
+        if self.together is not None and not torch.compiler.is_compiling():
             return self.together.take(rule, x)
         bounds = rule(x)
-        if not self.rounds:
-            return x
         return fake_quant(x, bounds.amax, rule.bits, rule.axis, amin=bounds.amin, clips=bounds.clips)
 
     def extra_repr(self) -> str:
@@ -69,8 +70,8 @@ def transform(
 ) -> M:
     """Quantize, in training and evaluation alike, the weight and the input of every convolution and linear layer.
 
-    Works in place: weights by ``torch.nn.utils.parametrize`` (the parameter stays the same object, full precision),
-    inputs by a hook. ``state_dict`` keeps the plain names of the weights; the ranges are further entries beside them.
+    Works in place: parameters stay the same objects, in full precision and under their names; ``layer.weight`` gives
+    the rounded one. The ranges are further entries in ``state_dict``.
 
     Args:
         model: any module.
@@ -129,30 +130,9 @@ def _quantizers(layer: nn.Module, settings: Settings, together: Together) -> tup
 
 def _attach(layer: nn.Module, weight: FakeQuantize, inputs: FakeQuantize) -> None:
     device = next(layer.parameters()).device
-    parametrize.register_parametrization(layer, "weight", weight.to(device).train(layer.training), unsafe=True)
-    setattr(layer, INPUT, inputs.to(device).train(layer.training))
-    hooks = [
-        layer.register_forward_pre_hook(_quantize_input),
-        layer._register_state_dict_hook(_to_plain_names),
-        layer.register_load_state_dict_pre_hook(_from_plain_names),
-    ]
-    layer.__dict__["_quantize_hooks"] = hooks
-
-
-def _quantize_input(layer: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (getattr(layer, INPUT)(arguments[0]), *arguments[1:])
-
-
-_ORIGINAL = "parametrizations.weight.original"
-
-
-def _to_plain_names(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    state[f"{prefix}weight"] = state.pop(prefix + _ORIGINAL)
-
-
-def _from_plain_names(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    if f"{prefix}weight" in state:
-        state[prefix + _ORIGINAL] = state.pop(f"{prefix}weight")
+    for name, quantizer in ((WEIGHT, weight), (INPUT, inputs)):
+        setattr(layer, name, quantizer.to(device).train(layer.training))
+    swap(layer, QuantizedInput, QuantizedWeight)
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
@@ -164,7 +144,7 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that :func:`transform` has quantized, by name."""
-    return {name: child for name, child in model.named_modules() if hasattr(child, INPUT)}
+    return {name: child for name, child in model.named_modules() if isinstance(child, QuantizedWeight)}
 
 
 @contextlib.contextmanager
@@ -185,27 +165,18 @@ def untransform(model: M, rounded: bool = False) -> M:
         rounded: whether weights keep the values on the grid; else they are the full-precision ones.
     """
     for layer in quantized_layers(model).values():
-        restore_weight(layer, rounded)
-        delattr(layer, INPUT)
-        for hook in layer.__dict__.pop("_quantize_hooks"):
-            hook.remove()
+        detach(layer, rounded)
     return model
 
 
-def restore_weight(layer: Any, rounded: bool) -> None:
-    """Make ``weight`` the plain parameter again, in its old place among the others.
-
-    Not ``parametrize.remove_parametrizations``: it edits the layer's class, which copies of the layer share.
-    """
-    kind, rounded_weight = parametrize.type_before_parametrizations(layer), layer.weight.detach()
-    parameter = layer.parametrizations.weight.original
+def detach(layer: Any, rounded: bool = False) -> None:
+    """Take fake quantization out of one layer; see :func:`untransform`."""
+    weight = layer.weight.detach()
+    swap(layer)
     if rounded:
-        parameter.data = rounded_weight
-    delattr(layer, "parametrizations")
-    layer.__class__ = kind
-    others = dict(layer._parameters)
-    layer._parameters.clear()
-    layer._parameters.update({"weight": parameter, **others})
+        layer.weight.data = weight
+    for name in (WEIGHT, INPUT):
+        delattr(layer, name)
 
 
 def freeze(model: M) -> M:
@@ -221,9 +192,10 @@ def freeze(model: M) -> M:
         True
     """
     frozen = copy.deepcopy(model).eval()
-    for layer in quantized_layers(frozen).values():
-        restore_weight(layer, rounded=True)
-        *_, to_plain, from_plain = layer.__dict__["_quantize_hooks"]
-        to_plain.remove()
-        from_plain.remove()
+    layers: Iterable[Any] = quantized_layers(frozen).values()
+    for layer in layers:
+        weight = layer.weight.detach()
+        swap(layer, QuantizedInput)
+        layer.weight.data = weight
+        delattr(layer, WEIGHT)
     return frozen
