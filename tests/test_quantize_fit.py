@@ -278,7 +278,8 @@ trainer = pl.Trainer(
 )
 trainer.fit(module, *loaders())
 digest = lambda tensors: hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors)).hexdigest()
-learned = [t for q in strategy.ranges().values() for name, t in q.items() if name.split(".")[-1] in ("amax", "window", "state")]
+kept = ("rule.amax", "rule.window", "rule.state")
+learned = [t for q in strategy.ranges().values() for name, t in q.items() if name in kept]
 record = {"weights": digest(module.parameters()), "ranges": digest(learned), "count": len(learned),
           "after": strategy.history[0]["metrics"]["after"], "losses": module.losses}
 open(f"{sys.argv[2]}/{trainer.global_rank}.json", "w").write(json.dumps(record))

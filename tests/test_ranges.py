@@ -11,6 +11,7 @@ from lightslim import CompressionError
 from lightslim.kernels import fake_quant
 from lightslim.quantize import (
     Entropy,
+    FakeQuantize,
     LeastSquares,
     Max,
     MovingAverageAbsMax,
@@ -142,3 +143,20 @@ def test_outliers_are_cut_off_and_flat_distributions_are_not(kind):
 def test_bad_arguments_are_named(build, message):
     with pytest.raises(CompressionError, match=message):
         build()
+
+
+def test_a_delayed_average_rounds_to_what_it_knew_before():
+    plain, late = FakeQuantize(MovingAverageAbsMax()), FakeQuantize(MovingAverageAbsMax(delayed=True))
+    batches = [torch.randn(64, generator=torch.Generator().manual_seed(i)) * (i + 1) for i in range(4)]
+    assert torch.equal(plain(batches[0]), late(batches[0])), "nothing is known before the first"
+    for batch in batches[1:]:
+        known = late.rule.amax.clone()
+        assert torch.equal(late(batch), fake_quant(batch, known))
+        plain(batch)
+        assert torch.equal(late.rule.amax, plain.rule.amax), "both learn the same"
+    again = FakeQuantize(MovingAverageAbsMax(delayed=True))
+    again.load_state_dict(late.state_dict())
+    assert torch.equal(again(batches[1]), late(batches[1])), "a resumed one goes on where it was"
+    x = (3 * late.rule.amax * torch.tensor([1.0, 0.1])).requires_grad_()
+    late(x).sum().backward()
+    assert x.grad.tolist() == [0.0, 1.0]

@@ -64,6 +64,13 @@ class Range(nn.Module):
         """Learn from ``x`` in training mode, while the model is calibrated and nothing is rounded."""
         self(x)
 
+    def before(self, x: Tensor) -> Tensor | None:
+        """The range to round ``x`` to where it does not depend on ``x``, symmetric; the default is that it does."""
+        return None
+
+    def learn(self, peak: Tensor) -> None:
+        """Take in the largest magnitude of a tensor that was rounded to what :meth:`before` gave."""
+
     def agreed(self) -> list[Tensor]:
         """The buffers of which all processes of a distributed run take the largest values after each step."""
         return [buffer for buffer in self.buffers() if buffer.is_floating_point()]
@@ -109,6 +116,8 @@ class MovingAverageAbsMax(Range):
         axis: must be None.
         bits: see :class:`Range`.
         rate: how much of the past stays, in (0, 1).
+        delayed: round to the average before this step's magnitude has joined it. On a GPU the input is then read once
+            and not twice; the first step of all is not delayed.
 
     Example:
         >>> rule = MovingAverageAbsMax(rate=0.5)
@@ -116,10 +125,12 @@ class MovingAverageAbsMax(Range):
         ([4.0, 2.0], 2.0)
     """
 
-    def __init__(self, axis: int | None = None, bits: int = 8, rate: float = 0.9) -> None:
+    def __init__(self, axis: int | None = None, bits: int = 8, rate: float = 0.9, delayed: bool = False) -> None:
         super().__init__(axis, bits)
         check_whole(axis, "moving_average_abs_max")
         self.rate = check_rate(rate)
+        self.delayed = delayed
+        self._started = False
         self.state: Tensor
         self.amax: Tensor
         self.register_buffer("state", torch.zeros(()))
@@ -129,10 +140,20 @@ class MovingAverageAbsMax(Range):
         """The bounds, after learning from ``x`` in training mode."""
         if not self.training or not x.numel():
             return Bounds(self.amax)
-        peak = number(self.magnitude(x))
-        average(self.amax, peak, advance(self.state, self.rate))
+        peak = self.magnitude(x)
+        self.learn(peak)
         # A copy: the backward pass needs it as it is now
-        return Bounds(self.amax.clone(), clips=may_exceed(peak, self.amax))
+        return Bounds(self.amax.clone(), clips=may_exceed(number(peak), self.amax))
+
+    def before(self, x: Tensor) -> Tensor | None:
+        """The range to round to if it is ``delayed``; :meth:`learn` is then called with the magnitude."""
+        # Asked once, since looking at a number stops a GPU
+        self._started = self._started or (self.delayed and bool(self.state > 0))
+        return self.amax.clone() if self.delayed and self._started and self.training and x.numel() else None
+
+    def learn(self, peak: Tensor) -> None:
+        """Take in the largest magnitude of one more tensor."""
+        average(self.amax, number(peak), advance(self.state, self.rate))
 
 
 class MovingAverageMinMax(Range):

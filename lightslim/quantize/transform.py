@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightslim.kernels import fake_quant
+from lightslim.kernels import fake_quant, fake_quant_and_peak
 from lightslim.quantize.layers import INPUT, WEIGHT, QuantizedInput, QuantizedWeight, swap
 from lightslim.quantize.plan import Settings, check_weights, plan_layers, quantizable
 from lightslim.quantize.ranges import Range
@@ -49,6 +49,11 @@ class FakeQuantize(nn.Module):
             return x
         if self.together is not None and not torch.compiler.is_compiling():
             return self.together.take(rule, x)
+        known = rule.before(x)
+        if known is not None:
+            y, peak = fake_quant_and_peak(x, known, rule.bits)
+            rule.learn(peak)
+            return y
         bounds = rule(x)
         return fake_quant(x, bounds.amax, rule.bits, rule.axis, amin=bounds.amin, clips=bounds.clips)
 
