@@ -1,6 +1,6 @@
 """Our own plugin: everything lightslim brings enters by the same door as a third party's."""
 
-from lightslim import prune, quantize
+from lightslim import export, prune, quantize
 from lightslim.hooks import hookimpl
 from lightslim.registry import Registry
 
@@ -21,3 +21,7 @@ def lightslim_register(registry: Registry) -> None:
     registry.add("range", quantize.Percentile, "percentile")
     registry.add("range", quantize.LeastSquares, "mse")
     registry.add("range", quantize.Entropy, "entropy")
+    registry.add("exporter", export.float_file)
+    registry.add("exporter", export.int8_file)
+    registry.add("exporter", export.onnx_file)
+    registry.add("exporter", export.openvino_file)

@@ -6,12 +6,16 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from lightslim.compressor import Compressor
 from lightslim.errors import CompressionError
+from lightslim.export.bench import bench, report
 from lightslim.recipe import Recipe
+from lightslim.recipe.sources import settings_of
 from lightslim.registry import registry
-from lightslim.rundir import read_result
-from lightslim.show import comparison, inspection, result_table
+from lightslim.rundir import read_result, recipe_of
+from lightslim.show import comparison, inspection, number, result_table
 from lightslim.tables import table
 
 
@@ -47,6 +51,19 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="say what a checkpoint has been through")
     inspect.add_argument("checkpoint", metavar="CKPT")
     inspect.set_defaults(command=lambda options: print(inspection(options.checkpoint)))
+    export = commands.add_parser("export", help="write the model of a checkpoint for a runtime")
+    export.add_argument("checkpoint", metavar="CKPT", help="of a run of lightslim")
+    export.add_argument("--as", dest="format", required=True, metavar="NAME", help="the format, see lightslim plugins")
+    export.add_argument("out", metavar="OUT", help="the file to write")
+    export.add_argument("--recipe", metavar="RECIPE", help="default: the one in the run directory of the checkpoint")
+    export.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the format")
+    export.set_defaults(command=_export)
+    bench = commands.add_parser("bench", help="time exported files beside each other, in their runtimes")
+    bench.add_argument("files", metavar="FILE", nargs="+", type=Path)
+    bench.add_argument("--rounds", type=int, default=50)
+    bench.add_argument("--threads", type=int)
+    bench.add_argument("--batch", type=int, default=1)
+    bench.set_defaults(command=_bench)
     compare = commands.add_parser("compare", help="set finished runs side by side")
     compare.add_argument("runs", metavar="RUN_DIR", nargs="+", type=Path)
     compare.set_defaults(command=_compare)
@@ -71,6 +88,21 @@ def _plugins(options: argparse.Namespace) -> None:
     print(table(("name", "kind", "distribution", "version"), rows, left=4))
     for problem in found.problems:
         print(f"not taken in: {problem}", file=sys.stderr)
+
+
+def _export(options: argparse.Namespace) -> None:
+    recipe = Recipe.from_yaml(options.recipe or recipe_of(options.checkpoint))
+    manifest = Compressor.from_recipe(recipe).export(
+        options.checkpoint, options.format, options.out, **settings_of(options.option, "--option")
+    )
+    rows = [(name, number(value)) for name, value in manifest["metrics"].items()]
+    rows += [("bytes", number(manifest["bytes"])), ("largest difference", f"{manifest['max_abs_diff']:.2g}")]
+    print(table((options.out, ""), rows))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    threads = options.threads or torch.get_num_threads()
+    print(report(bench(options.files, options.rounds, threads, options.batch), threads, options.batch))
 
 
 def _compare(options: argparse.Namespace) -> None:

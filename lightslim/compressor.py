@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from inspect import signature
@@ -16,13 +17,14 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch.optim import Optimizer
 
-from lightslim import rundir
+from lightslim import deploy, rundir
 from lightslim.errors import CompressionError
 from lightslim.infit import logged_names, probe_of
 from lightslim.loading import read_checkpoint, restore
 from lightslim.measure import Measurement
 from lightslim.monitor import CompressionMonitor
 from lightslim.recipe import Recipe
+from lightslim.registry import registry
 from lightslim.steps import replaced
 from lightslim.strategy import CompressionStrategy, check_metric
 from lightslim.surgery import CHECKPOINT_KEY
@@ -33,6 +35,14 @@ Names = Sequence[str | tuple[str, str]]
 
 # Since 2.6 Lightning takes the word of its caller on this; before, torch's own safe default holds.
 _SAFE: dict[str, Any] = {"weights_only": True} if "weights_only" in signature(Trainer.fit).parameters else {}
+
+
+_QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 class CompressionResult(NamedTuple):
@@ -185,16 +195,38 @@ class Compressor:
         self._check_teachers(strategies)
         self._init_model(self._recipe.init_model)
         rehearsal = _Rehearsal(strategies)
-        quiet = {
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        }
-        trainer = _new_trainer({**self._arguments(), **quiet, "callbacks": [*strategies, rehearsal]})
+        trainer = _new_trainer({**self._arguments(), **_QUIET, "callbacks": [*strategies, rehearsal]})
         with contextlib.suppress(_Rehearsed):
             self._fit(trainer, None)
         return rehearsal.texts
+
+    def export(
+        self, checkpoint: str | PathLike[str], format_: str, path: str | PathLike[str], **options: Any
+    ) -> dict[str, Any]:
+        """Write the model of one of this recipe's checkpoints to a file; see :func:`lightslim.export.export`.
+
+        Returns:
+            The manifest, and the ``metrics`` of the file on the validation data.
+
+        Raises:
+            CompressionError: a checkpoint that cannot be read or does not fit, or whatever the format cannot hold.
+        """
+        read_checkpoint(checkpoint)
+        exporter = registry().get("exporter", format_)
+        exporter.check_available()
+        exporter.check_options(options)
+        writing = _Writing(format_, Path(path).absolute(), options)
+        # torch's exporters do not take the tensors of inference mode
+        arguments = {**self._arguments(), **_QUIET, "inference_mode": False}
+        trainer = _new_trainer({**arguments, "callbacks": [*self._recipe.strategies(), writing]})
+        data = dict(self.data)
+        if data.pop("train_dataloaders", None) is not None:
+            data["dataloaders"] = data.pop("val_dataloaders")
+        with contextlib.suppress(_Rehearsed), warnings.catch_warnings():
+            # Those that only watch or save a run have nothing to do here
+            warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
+            trainer.validate(self.module, ckpt_path=str(checkpoint), verbose=False, **_SAFE, **data)
+        return writing.manifest
 
     def _check_teachers(self, strategies: Sequence[CompressionStrategy]) -> None:
         distils = any(hasattr(strategy, "distillers") for strategy in strategies)
@@ -251,12 +283,17 @@ class Compressor:
                 {"name": strategy.name, "class": type(strategy).__name__, "history": strategy.history}
                 for strategy in strategies
             ],
-            "exports": {},
+            "exports": {
+                format_: {key: file[key] for key in ("path", "bytes", "metrics", "max_abs_diff")}
+                for strategy in strategies
+                for record in strategy.history
+                for format_, file in record.get("files", {}).items()
+            },
         }
 
 
 class _Rehearsed(Exception):
-    """Ends a run before its first training step."""
+    """Ends a run before its first step."""
 
 
 class _Rehearsal(Callback):
@@ -269,6 +306,18 @@ class _Rehearsal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         note = "(as if it came first) " if len(self.strategies) > 1 else ""
         self.texts = {strategy.name: note + strategy.rehearse(trainer, pl_module) for strategy in self.strategies}
+        raise _Rehearsed
+
+
+class _Writing(Callback):
+    """Writes the module that is about to be validated to a file, then stops."""
+
+    def __init__(self, format_: str, path: Path, options: Mapping[str, Any]) -> None:
+        self.arguments = format_, str(path), options
+        self.manifest: dict[str, Any] = {}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.manifest = deploy.write(trainer, pl_module, *self.arguments)
         raise _Rehearsed
 
 

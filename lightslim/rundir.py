@@ -84,6 +84,20 @@ def write_recipe(folder: Path, resolved: Mapping[str, Any]) -> None:
     write_text(folder / RECIPE, dump(dict(resolved)))
 
 
+def recipe_of(checkpoint: str | Path) -> Path:
+    """The recipe of the run that a checkpoint lies in.
+
+    Raises:
+        CompressionError: there is no such file, or no folder above it is a run directory.
+    """
+    if not Path(checkpoint).is_file():
+        raise CompressionError(f"{checkpoint}: there is no such checkpoint")
+    for folder in Path(checkpoint).absolute().parents:
+        if (folder / RECIPE).is_file():
+            return folder / RECIPE
+    raise CompressionError(f"{checkpoint} lies in no run directory: name the recipe with --recipe")
+
+
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Write ``result.json``."""
     write_text(folder / RESULT, json.dumps(result, indent=2, allow_nan=True) + "\n")

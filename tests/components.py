@@ -6,7 +6,7 @@ A strategy's row makes a fresh one that acts at epoch 1; a new component without
 from collections.abc import Callable
 from typing import Any
 
-from lightslim import QuantizationStrategy, StructurePruner, UniformPruneStrategy, quantize
+from lightslim import QuantizationStrategy, StructurePruner, UniformPruneStrategy, export, quantize
 from lightslim.prune import l1_norm
 
 ROWS: dict[tuple[str, str], Callable[[], Any]] = {
@@ -25,4 +25,8 @@ ROWS: dict[tuple[str, str], Callable[[], Any]] = {
     ("range", "percentile"): quantize.Percentile,
     ("range", "mse"): quantize.LeastSquares,
     ("range", "entropy"): quantize.Entropy,
+    ("exporter", "float"): lambda: export.float_file,
+    ("exporter", "int8"): lambda: export.int8_file,
+    ("exporter", "onnx"): lambda: export.onnx_file,
+    ("exporter", "openvino"): lambda: export.openvino_file,
 }

@@ -16,7 +16,6 @@ from torch import nn
 from lightslim import CompressionError, QuantizationStrategy, UniformPruneStrategy
 from lightslim.quantize import quantizers
 from lightslim.quantize.transform import quantized_layers
-from lightslim.registry import registry
 
 
 def quantized(**arguments):
@@ -105,13 +104,6 @@ def test_weights_used_from_outside_their_layer_are_reported(tmp_path):
 
     with pytest.warns(UserWarning, match=r"net\.stem\.0, .*not quantized"):
         trainer(tmp_path, quantized(start_epoch=0), max_epochs=1).fit(TinyModule(net=Outside()), *loaders())
-
-
-def test_saving_needs_an_exporter_that_exists(tmp_path):
-    if "int8" in registry().names("exporter"):
-        pytest.skip("there is one")
-    with pytest.raises(CompressionError, match="'int8' is not a known exporter"):
-        trainer(tmp_path, quantized(int8_model_save_path="x")).fit(TinyModule(), *loaders())
 
 
 def test_an_average_of_the_weights_is_quantized_like_them(tmp_path):

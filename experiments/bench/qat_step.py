@@ -1,38 +1,45 @@
 """What fake quantization costs: one training step with it against the same step in float.
 
-    python -m experiments.bench.qat_step [rounds]
+    python -m experiments.bench.qat_step               # --rounds 3 --models mlp resnet18
 
 Each round times every variant once, in shuffled order, in one process; what counts is the ratio within a round. A
 second float copy runs along: its ratio to the first is the noise floor, and differences inside it are no findings.
+Peers that are installed run along, too. The last column is the loss after ten steps on one batch: a broken network may
+well be a fast one.
 """
 
+import argparse
+import copy
+import math
 import random
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from experiments.bench.fake_quant import interval
+from experiments.bench.peers import Peer, installed
 from experiments.models import MobileNetV2
 from lightslim.quantize import transform
 
-Step = Callable[[], None]
+Step = Callable[[], Tensor]
+CLASSES = 10
 
 
-def mlp() -> tuple[nn.Module, torch.Tensor]:
+def mlp() -> tuple[nn.Module, Tensor]:
     """784-512-512-10, batch 256."""
     layers = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
     return nn.Sequential(*layers), torch.randn(256, 784)
 
 
-def mobilenet_v2() -> tuple[nn.Module, torch.Tensor]:
+def mobilenet_v2() -> tuple[nn.Module, Tensor]:
     """Batch 32 of 3 x 32 x 32."""
     return MobileNetV2(3, 10), torch.randn(32, 3, 32, 32)
 
 
-def resnet18() -> tuple[nn.Module, torch.Tensor]:
+def resnet18() -> tuple[nn.Module, Tensor]:
     """CIFAR style, widths 64 to 512, batch 32 of 3 x 32 x 32."""
     blocks = [_Block(64, 64, 1), _Block(64, 64, 1)]
     for into, out in ((64, 128), (128, 256), (256, 512)):
@@ -52,27 +59,59 @@ class _Block(nn.Module):
         same = into == out
         self.skip = nn.Identity() if same else nn.Sequential(nn.Conv2d(into, out, 1, stride), nn.BatchNorm2d(out))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.body(x) + self.skip(x))
 
 
-def training_step(net: nn.Module, x: torch.Tensor) -> Step:
-    """One step of SGD with momentum on random labels."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
-    labels = torch.randint(10, (len(x),))
+OURS: dict[str, Peer] = {
+    "float": lambda net, x: net,
+    "float again": lambda net, x: net,
+    "moving average, channel-wise": lambda net, x: transform(
+        net, 8, 8, "channel_wise_abs_max", "moving_average_abs_max"
+    ),
+    "abs_max both": lambda net, x: transform(net, 8, 8, "abs_max", "abs_max"),
+}
 
-    def step() -> None:
+
+def warmed(net: nn.Module, x: Tensor) -> nn.Module:
+    """``net``, whose batch norms know the batch: calibrated on fresh ones, a peer finds ranges of nothing."""
+    with torch.no_grad():
+        for _ in range(30):
+            net(x)
+    return net
+
+
+def training_step(net: nn.Module, x: Tensor, labels: Tensor) -> Step:
+    """One step of SGD with momentum, which returns the loss before it."""
+    # A peer may leave evaluation mode behind
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-2, momentum=0.9)
+
+    def step() -> Tensor:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(net(x), labels).backward()
+        loss = nn.functional.cross_entropy(net(x), labels)
+        loss.backward()
         optimizer.step()
+        return loss.detach()
 
     return step
 
 
-def ratios(variants: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+def training_steps(net: nn.Module, x: Tensor, peers: Mapping[str, Peer]) -> dict[str, Step]:
+    """The step of each variant, all from the same weights on the same random labels."""
+    net, labels = warmed(net, x), torch.randint(CLASSES, (len(x),))
+    return {name: training_step(peer(copy.deepcopy(net), x), x, labels) for name, peer in peers.items()}
+
+
+def verdict(loss: float) -> str:
+    """The loss, and what is wrong with it."""
+    if not math.isfinite(loss):
+        return f"{loss} NOT FINITE"
+    return f"{loss:.3f}" + (" STUCK AT LN 10" if abs(loss - math.log(CLASSES)) < 0.02 else "")
+
+
+def ratios(variants: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
     """Per-round seconds of each variant, over those of ``float``."""
-    for step in variants.values():
-        step(), step()
     found: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         seconds = {}
@@ -86,27 +125,23 @@ def ratios(variants: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """The bootstrap interval (95 %) of the median."""
-    medians = sorted(statistics.median(random.choices(values, k=len(values))) for _ in range(2000))
-    return medians[50], medians[-51]
+MODELS = {build.__name__: build for build in (mlp, mobilenet_v2, resnet18)}
 
 
 def main() -> None:
     """Print the table."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
-    settings = {"activation_quantize_type": "moving_average_abs_max", "weight_quantize_type": "channel_wise_abs_max"}
-    for build in (mlp, mobilenet_v2, resnet18):
-        net, x = build()
-        variants = {
-            "float": training_step(net, x),
-            "float again": training_step(build()[0], x),
-            "moving average, channel-wise": training_step(transform(build()[0], **settings), x),
-            "abs_max both": training_step(transform(build()[0], 8, 8, "abs_max", "abs_max"), x),
-        }
-        for name, values in ratios(variants, rounds).items():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    options = parser.parse_args()
+    peers = OURS | installed()
+    for model in options.models:
+        variants = training_steps(*MODELS[model](), peers)
+        losses = {name: [step().item() for _ in range(10)][-1] for name, step in variants.items()}
+        for name, values in ratios(variants, options.rounds).items():
             low, high = interval(values)
-            print(f"{build.__name__:14s} {name:30s} {statistics.median(values):5.2f}  [{low:.2f}, {high:.2f}]")
+            found = f"{statistics.median(values):5.2f}  [{low:.2f}, {high:.2f}]"
+            print(f"{model:14s} {name:30s} {found}  {verdict(losses[name])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def quantize(
     quantized = copy.deepcopy(model).eval()
     transform(quantized, weight_bits, activation_bits, weight_quantize_type, activation_quantize_type, skip, overrides,
               weight_range, activation_range)  # fmt: skip
-    _calibrate(quantized, itertools.islice(loader, batches), forward or _call)
+    calibrate(quantized, lambda: _run_all(quantized, itertools.islice(loader, batches), forward or _call))
     blind = [name for name, layer in quantized_layers(quantized).items() if not _has_seen(getattr(layer, INPUT))]
     for name in blind:
         detach(quantized.get_submodule(name))
@@ -80,12 +80,21 @@ def quantize(
     return quantized
 
 
-def _calibrate(model: M, batches: Iterator[Any], forward: Callable[[M, Any], Any]) -> None:
+def calibrate(model: nn.Module, run: Callable[[], Any]) -> None:
+    """Let the ranges of a transformed model learn from what ``run`` puts through it, in float; see :func:`quantize`.
+
+    Raises:
+        CompressionError: an input that is not finite, naming its layer.
+    """
+    with torch.no_grad(), watching(model), _learning(model), _finite_inputs(model):
+        run()
+
+
+def _run_all(model: M, batches: Iterator[Any], forward: Callable[[M, Any], Any]) -> None:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     count = 0
-    with torch.no_grad(), watching(model), _learning(model), _finite_inputs(model):
-        for count, batch in enumerate(batches, 1):  # noqa: B007
-            forward(model, move_data_to_device(batch, device))
+    for count, batch in enumerate(batches, 1):  # noqa: B007
+        forward(model, move_data_to_device(batch, device))
     if not count:
         raise CompressionError("the loader gave no batch to calibrate with")
 
@@ -98,12 +107,12 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 @contextlib.contextmanager
 def _learning(model: nn.Module) -> Iterator[None]:
-    rules = [quantizer.rule for _, quantizer in quantizers(model)]
-    for rule in rules:
+    modes = [(quantizer.rule, quantizer.rule.training) for _, quantizer in quantizers(model)]
+    for rule, _ in modes:
         rule.train()
     yield
-    for rule in rules:
-        rule.eval()
+    for rule, training in modes:
+        rule.train(training)
 
 
 @contextlib.contextmanager

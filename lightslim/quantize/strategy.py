@@ -1,5 +1,6 @@
 """Quantization-aware training on a schedule: fake quantization goes in at ``start_epoch`` and stays."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -9,13 +10,16 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightslim import deploy
 from lightslim.errors import CompressionError
 from lightslim.infit import averaged_copies, evaluate, logged_names, probe_of
 from lightslim.quantize.analysis import signal_to_noise, unreached
 from lightslim.quantize.plan import Settings, check_nodes, check_weights, plan_layers
+from lightslim.quantize.posttraining import calibrate
 from lightslim.quantize.ranges import Range
 from lightslim.quantize.transform import FakeQuantize, attach, quantized_layers, quantizers, untransform, watching
 from lightslim.registry import registry
+from lightslim.steps import forward_probe
 from lightslim.strategy import CompressionStrategy, changed_metrics, check_metric
 from lightslim.tables import table
 
@@ -36,8 +40,9 @@ class QuantizationStrategy(CompressionStrategy):
         weight_quantize_type: ``abs_max`` or ``channel_wise_abs_max``.
         activation_quantize_type: ``abs_max``, ``range_abs_max``, ``moving_average_abs_max``,
             ``moving_average_min_max`` (affine), or one for calibration: ``max``, ``percentile``, ``mse``, ``entropy``.
-        save_in_nodes: names of the inputs at which a written model is cut.
-        save_out_nodes: names of the outputs at which a written model is cut.
+        save_in_nodes: inputs of ``forward`` or submodules at which a written model begins.
+        save_out_nodes: submodules at which it ends.
+        export_options: format to options of its exporter, as ``{"int8": {"deploy": "x86"}}``.
         skip: patterns of layer names that stay in float.
         overrides: pattern of layer names to the settings that differ there.
         weight_range: arguments of the weights' range.
@@ -70,6 +75,7 @@ class QuantizationStrategy(CompressionStrategy):
         activation_quantize_type: str = "abs_max",
         save_in_nodes: Sequence[str] | None = None,
         save_out_nodes: Sequence[str] | None = None,
+        export_options: Mapping[str, Mapping[str, Any]] | None = None,
         skip: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         weight_range: Mapping[str, Any] | None = None,
@@ -88,12 +94,10 @@ class QuantizationStrategy(CompressionStrategy):
             activation_range or {},
         )
         self.skip, self.overrides = tuple(skip), dict(overrides or {})
-        self.save_paths = {
-            "float": float_model_save_path,
-            "mobile": mobile_model_save_path,
-            "int8": int8_model_save_path,
-        }
+        paths = {"float": float_model_save_path, "mobile": mobile_model_save_path, "int8": int8_model_save_path}
+        self.save_paths = {format_: path for format_, path in paths.items() if path is not None}
         self.save_in_nodes, self.save_out_nodes = save_in_nodes, save_out_nodes
+        self.export_options = dict(export_options or {})
         self.calibration_batches = calibration_batches
         self.metric_name = metric_name
         self._quantizers: dict[str, FakeQuantize] = {}
@@ -120,9 +124,10 @@ class QuantizationStrategy(CompressionStrategy):
             self._check_calibration(plan_layers(pl_module, self.settings, self.skip, self.overrides))
             check_nodes(pl_module, self.save_in_nodes, "save_in_nodes")
             check_nodes(pl_module, self.save_out_nodes, "save_out_nodes")
-            for format_, path in self.save_paths.items():
-                if path is not None:
-                    registry().get("exporter", format_)
+            for format_, options in self._formats().items():
+                exporter = registry().get("exporter", format_)
+                exporter.check_available()
+                exporter.check_options(options)
         if stage != "fit" and self._begun:
             self._arm(trainer, pl_module)
 
@@ -130,6 +135,21 @@ class QuantizationStrategy(CompressionStrategy):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._begun:
             self._arm(trainer, pl_module)
+
+    def _formats(self) -> dict[str, dict[str, Any]]:
+        """The formats asked for, each with its options; only those that hold a program can be cut."""
+        unasked = next((name for name in self.export_options if name not in self.save_paths), None)
+        if unasked is not None:
+            raise CompressionError(f"export_options: no {unasked}_model_save_path is given")
+        nodes = {"save_in_nodes": self.save_in_nodes, "save_out_nodes": self.save_out_nodes}
+        cuts = {name: list(value) for name, value in nodes.items() if value}
+        return {
+            format_: {
+                **(cuts if registry().get("exporter", format_).cuts else {}),
+                **self.export_options.get(format_, {}),
+            }
+            for format_ in self.save_paths
+        }
 
     def _check_calibration(self, plan: Mapping[str, Settings], batches: int | None = None) -> None:
         batches = self.calibration_batches if batches is None else batches
@@ -175,6 +195,12 @@ class QuantizationStrategy(CompressionStrategy):
         check_weights(pl_module, layers, zeros_allowed=self.start_epoch > 0)
         if not evaluate(trainer, pl_module, limit=1):
             self._check_calibration(layers, batches=0)
+        if self.save_paths:
+            trial = attach(copy.deepcopy(pl_module), layers).eval()
+            trial._trainer = trainer
+            inputs = deploy.forward_inputs(trainer, trial)
+            calibrate(trial, forward_probe(trial, inputs).evaluate)
+            deploy.rehearse(trainer, trial, inputs, self._formats(), list(self.save_paths.values()))
         rows = [(name, str(s.weight_bits), s.weight_quantize_type, str(s.activation_bits), s.activation_quantize_type)
                 for name, s in layers.items()]  # fmt: skip
         return f"{len(rows)} layers\n" + table(("layer", "weight bits", "range", "input bits", "range"), rows)
@@ -197,6 +223,23 @@ class QuantizationStrategy(CompressionStrategy):
         rank_zero_info(f"{self.name}, epoch {trainer.current_epoch}: {count} layers quantized{changed}")
         metrics = {"before": before, "after": after}
         return {"act": "quantize", "quantized": count, "idle": idle, "signal_to_noise": noise, "metrics": metrics}
+
+    @override
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
+        return self._export(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # After on_train_end, in which averaging callbacks put the average in place
+        written = [record["step"] for record in self.history if record["act"] == "export"]
+        if self._begun and trainer.global_step not in written and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._note(trainer, self._export(trainer, pl_module))
+
+    def _export(self, trainer: Trainer, module: LightningModule) -> dict[str, Any] | None:
+        """Write the files asked for."""
+        files = {format_: deploy.write(trainer, module, format_, self.save_paths[format_], options)
+                 for format_, options in self._formats().items()}  # fmt: skip
+        return {"act": "export", "files": files} if files else None
 
     @override
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:

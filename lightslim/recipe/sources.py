@@ -82,13 +82,14 @@ def _merge_section(document: Document, file: Document, section: str) -> None:
         present[name] = value
 
 
-def override(document: Document, assignment: str) -> None:
+def override(document: Document, assignment: str, option: str = "--set") -> None:
     """Set one value of a document, in place.
 
     Args:
         document: the recipe.
         assignment: ``key.path=value``. The path is split at dots and all of it but the last key must exist; items of a
             list go by number. The value is YAML. To set a key that itself holds a dot, set the mapping around it.
+        option: of the command line, which errors name.
 
     Raises:
         CompressionError: it is written otherwise, or the path leads nowhere.
@@ -100,9 +101,9 @@ def override(document: Document, assignment: str) -> None:
         ({'compressor': {'epoch': 3, 'strategies': ['halve']}}, '--set compressor.epoch: compressor.epoch')
     """
     path, equals, text = assignment.partition("=")
-    steps, source = path.strip().split("."), f"--set {path.strip()}"
+    steps, source = path.strip().split("."), f"{option} {path.strip()}"
     if not equals or not all(steps):
-        raise CompressionError(f"--set {assignment}: must be written as key.path=value")
+        raise CompressionError(f"{option} {assignment}: must be written as key.path=value")
     value = parse(text, source, numbered=False)
     target, where = document.tree, Where((), {(): Place(source)})
     for step in steps[:-1]:
@@ -111,6 +112,22 @@ def override(document: Document, assignment: str) -> None:
     key = _key(target, steps[-1], where, new=isinstance(target, dict))
     target[key] = value.tree
     _replace_places(document, (where / key).keys, value)
+
+
+def settings_of(assignments: Sequence[str], option: str) -> dict[str, Any]:
+    """Settings given one by one on the command line.
+
+    Raises:
+        CompressionError: one is not written as ``name=value``.
+
+    Example:
+        >>> settings_of(["opset=20", "deploy=x86"], "--option")
+        {'opset': 20, 'deploy': 'x86'}
+    """
+    document = parse("{}", option)
+    for assignment in assignments:
+        override(document, assignment, option)
+    return dict(document.tree)
 
 
 def _key(container: Any, step: str, where: Where, new: bool = False) -> str | int:

@@ -1,0 +1,45 @@
+"""The steps from a module to a file."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+from torch import Tensor, nn
+
+from lightslim.export.program import program_of
+from lightslim.export.qdq.fold import fold_batch_norms
+from lightslim.export.qdq.inputs import encode_inputs
+from lightslim.export.qdq.marks import DOMAIN, mark
+from lightslim.export.qdq.presets import encoding_for
+from lightslim.export.qdq.trace import trace
+from lightslim.export.qdq.weights import encode_weights
+
+
+def write_integers(
+    model: nn.Module, inputs: tuple[Tensor, ...], path: Path, opset: int, dynamic_batch: bool, deploy: str
+) -> None:
+    """Write ``model`` with its weights as integers."""
+    encoding = encoding_for(deploy)
+    program = program_of(model, inputs)
+    marked = mark(model)
+    traced = trace(model, inputs, program.input_names, program.output_names, opset, dynamic_batch)
+    graph = traced.graph
+    fold_batch_norms(graph, marked.weights)
+    encode_weights(graph, marked.weights, encode_inputs(graph, marked.inputs, encoding), encoding)
+    save(traced, path)
+
+
+def write_floats(model: nn.Module, inputs: tuple[Tensor, ...], path: Path, opset: int, dynamic_batch: bool) -> None:
+    """Write ``model`` as it is."""
+    program = program_of(model, inputs)
+    save(trace(model, inputs, program.input_names, program.output_names, opset, dynamic_batch), path)
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write a graph without what nothing reads."""
+    RemoveUnusedNodesPass()(model)
+    NameFixPass()(model)
+    model.opset_imports.pop(DOMAIN, None)
+    model.producer_name, model.producer_version = "lightslim", version("lightslim")
+    path.write_bytes(ir.to_proto(model).SerializeToString())
