@@ -15,7 +15,7 @@ from lightslim.recipe import Recipe
 from lightslim.recipe.sources import settings_of
 from lightslim.registry import registry
 from lightslim.rundir import read_result, recipe_of
-from lightslim.show import comparison, inspection, number, result_table
+from lightslim.show import comparison, exports_table, inspection, number, result_table
 from lightslim.tables import table
 
 
@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     compressor = Compressor.from_recipe(Recipe.from_yaml(options.recipe, options.set), out=options.out)
     result = compressor.run(resume=options.resume).result
-    print(result_table(result), f"everything is in {compressor.folder}", sep="\n")
+    tables = (result_table(result), exports_table(result["exports"]))
+    print(*filter(None, tables), f"everything is in {compressor.folder}", sep="\n")
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -20,6 +20,24 @@ def result_table(result: Mapping[str, Any]) -> str:
     return table(("", "before", "after", "change"), rows)
 
 
+def exports_table(exports: Mapping[str, Mapping[str, Any]]) -> str:
+    """The files that a run has written, with what each gives on the validation data in its own runtime; may be empty.
+
+    Example:
+        >>> print(exports_table({"int8": {"path": "m.onnx", "bytes": 1024, "metrics": {"val_acc": 0.5}}}))
+        file    format  bytes  val_acc
+        m.onnx  int8    1,024   0.5000
+    """
+    if not exports:
+        return ""
+    metrics = list(dict.fromkeys(name for file in exports.values() for name in file["metrics"]))
+    rows = [
+        (file["path"], format_, number(file["bytes"]), *(number(file["metrics"][m]) if m in file["metrics"] else ""
+         for m in metrics)) for format_, file in exports.items()
+    ]  # fmt: skip
+    return table(("file", "format", "bytes", *metrics), rows, left=2)
+
+
 def comparison(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Finished runs side by side: what each ended with."""
     ends = {run: {**flat(result["after"]), "seconds": result["seconds"]} for run, result in results.items()}

@@ -25,7 +25,7 @@ def modelopt(net: nn.Module, x: Tensor) -> nn.Module:
 
 
 def nncf(net: nn.Module, x: Tensor) -> nn.Module:
-    """NNCF's post-training quantization, trained on: it learns its ranges, and quantizes what is added, too."""
+    """NNCF's post-training quantization, then trained: it learns its ranges, and quantizes what is added, too."""
     import nncf as package
 
     # It hangs a child of its own on the root, which a Sequential would call as one more layer
@@ -42,7 +42,7 @@ class _Root(nn.Module):
 
 
 def brevitas(net: nn.Module, x: Tensor) -> nn.Module:
-    """Brevitas: weights and inputs of layers, with a moving average of the inputs' magnitudes."""
+    """Brevitas: weights and inputs of layers, by the magnitudes of the batch; their moving average is for use."""
     from brevitas import nn as quantized
     from brevitas.graph.quantize import layerwise_quantize
     from brevitas.inject.enum import ScalingImplType, StatsOp
@@ -55,7 +55,7 @@ def brevitas(net: nn.Module, x: Tensor) -> nn.Module:
 
 
 def torch_ao(net: nn.Module, x: Tensor) -> nn.Module:
-    """Eager torch.ao: weights and, this being what it can do, outputs of layers; only layers, so nothing is fused."""
+    """Eager torch.ao: weights, the first input and outputs of layers (inputs it has no place for); unfused."""
     from torch.ao import quantization as ao
 
     config = ao.get_default_qat_qconfig("onednn")

@@ -147,7 +147,7 @@ def _outputs_of(modules: Mapping[str, nn.Module], model: nn.Module, given: Mappi
 
 
 class _AllCaught(Exception):
-    """What follows is not asked for, and may not even be exportable."""
+    """What follows is not asked for, and may not even run on what the cut leaves."""
 
 
 class Part(nn.Module):
@@ -164,7 +164,7 @@ class Part(nn.Module):
         self, model: nn.Module, given: Mapping[str, Tensor], ins: Sequence[str], outs: Sequence[str] | None
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.training = model, model.training
         self.names, self.ins = tuple(given), tuple(ins)
         self.outs = None if outs is None else tuple(outs)
         for name, value in given.items():
@@ -207,7 +207,8 @@ def _returning(value: Tensor) -> Callable[..., Tensor]:
 def _catching(caught: dict[str, Any], name: str, wanted: int) -> Callable[..., None]:
     def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
         caught.setdefault(name, output)
-        if len(caught) == wanted:
+        # torch.export wants each module left in order; it drops what nothing reads
+        if len(caught) == wanted and not torch.compiler.is_compiling():
             raise _AllCaught
 
     return hook
