@@ -73,6 +73,13 @@ def replace(node: ir.Node, value: ir.Value) -> None:
     graph.remove(node, safe=True)
 
 
+def drop_if_unread(value: ir.Value) -> None:
+    """Take the node that makes ``value`` out of its graph if nothing reads it: it would still count as a reader."""
+    node = value.producer()
+    if node is not None and isinstance(node.graph, ir.Graph) and not value.uses() and not value.is_graph_output():
+        node.graph.remove(node, safe=True)
+
+
 def attribute(node: ir.Node, name: str, default: Any) -> Any:
     """The value of an attribute."""
     found: Mapping[str, Any] = node.attributes

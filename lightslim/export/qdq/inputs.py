@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lightslim.export.qdq.bounds import clip_limits, interval
-from lightslim.export.qdq.graph import Before, marks, replace
+from lightslim.export.qdq.graph import Before, drop_if_unread, marks, replace
 from lightslim.export.qdq.marks import OF_INPUT, InputGrid
 from lightslim.export.qdq.presets import Encoding
 from lightslim.export.qdq.spelling import Spelling, spelled
@@ -30,6 +30,7 @@ def encode_inputs(graph: ir.Graph, grids: Mapping[str, InputGrid], encoding: Enc
         positive = interval(source)[0] >= 0
         wanted = {layer: _wanted(grids[layer], positive, encoding, layer) for _, layer in uses}
         found.update(_encode(graph, _without_activation(source, uses, wanted.values()), uses, wanted, encoding))
+        drop_if_unread(source)
     return found
 
 

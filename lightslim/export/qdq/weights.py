@@ -67,25 +67,25 @@ def _decoded(place: Before, codes: Codes, shift: int) -> ir.Value:
 
 
 def _encode_bias(place: Before, node: ir.Node, codes: Codes, spelling: Spelling) -> None:
+    """Count the bias of a layer in its own integers, if that lets the whole layer run as one integer operation."""
     bias = constant(node.inputs[2]) if node.op_type in ("Conv", "Gemm") and len(node.inputs) > 2 else None
-    if bias is None or not (node.op_type == "Gemm" or _is_quantized(node.outputs[0])):
+    rounding = _rounding_after(node.outputs[0])
+    if bias is None or not (rounding or node.op_type == "Gemm"):
         return
-    scale = np.float32(spelling.step) * codes.step.float().numpy()
-    counts = np.round(bias.astype(np.float64) / scale)
-    if np.abs(counts).max(initial=0) > LARGEST_BIAS:
-        return
-    node.replace_input_with(2, _counted(place, counts, np.broadcast_to(scale, bias.shape)))
+    scale = np.broadcast_to(np.float32(spelling.step) * codes.step.float().numpy(), bias.shape)
+    counts = np.round(bias / scale.astype(np.float64))
+    if np.abs(counts).max(initial=0) <= LARGEST_BIAS:
+        node.replace_input_with(2, _counted(place, counts, scale))
 
 
 def _counted(place: Before, counts: Array, scale: Array) -> ir.Value:
     integers = place.constant("codes", counts.astype(np.int32))
-    zero = place.constant("zero_point", np.zeros(scale.shape, np.int32))
-    return place.node("DequantizeLinear", integers, place.constant("scale", scale), zero, axis=0)
+    return place.node("DequantizeLinear", integers, place.constant("scale", scale), axis=0)
 
 
-def _is_quantized(value: ir.Value) -> bool:
-    """Whether nothing but integers comes out, if a runtime moves the rounding up to this value."""
+def _rounding_after(value: ir.Value) -> ir.Node | None:
+    """The node that rounds ``value``, if a runtime can move it up to there and nothing else reads what is before."""
     reader = only_consumer(value)
     while reader is not None and reader.op_type in ("MaxPool", "Reshape", "Transpose", "Flatten"):
         reader = only_consumer(reader.outputs[0])
-    return reader is not None and reader.op_type == "QuantizeLinear"
+    return reader if reader is not None and reader.op_type == "QuantizeLinear" else None
