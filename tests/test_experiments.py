@@ -295,10 +295,11 @@ def test_recipes_fit_what_they_name(path):
     names = [name for name, _ in model.named_parameters()]
     strategies = [recipe["strategies"][name] for name in recipe["compressor"]["strategies"]]
     for strategy in strategies:
-        assert strategy["pruner"] in recipe["pruners"]
-        assert patterns.select(strategy["pruned_params"], names, "pruned_params")
         assert strategy["start_epoch"] < recipe["compressor"]["epoch"]
-    assert model.hparams.restarts == [strategy["start_epoch"] for strategy in strategies]
+        if "pruner" in strategy:
+            assert strategy["pruner"] in recipe["pruners"]
+            assert patterns.select(strategy["pruned_params"], names, "pruned_params")
+    assert model.hparams.restarts == [strategies[0]["start_epoch"]]
 
 
 def build(section):
