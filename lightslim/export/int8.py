@@ -64,7 +64,7 @@ def onnx(
     Example:
         >>> import tempfile, torch
         >>> path = Path(tempfile.mkdtemp()) / "net.onnx"
-        >>> onnx(nn.Linear(4, 3), (torch.randn(8, 4),), path)
+        >>> onnx(nn.Linear(4, 3).eval(), (torch.randn(8, 4),), path)
         >>> open_in_onnxruntime(path)(torch.zeros(5, 4))[0].shape
         torch.Size([5, 3])
     """
