@@ -25,12 +25,11 @@ def constants(path):
 
 
 def stored_codes(path, layer):
-    """The codes of a layer as its file holds them, whatever they are spelled as; scales likewise."""
+    """The codes of a layer as its file holds them and their scales."""
     found = constants(path)
-    zero = torch.from_numpy(found[f"{layer}.weight_zero_point"].astype("int16"))
-    values = torch.from_numpy(found[f"{layer}.weight_codes"].astype("int16"))
-    assert (zero == zero.flatten()[0]).all()
-    return values - zero.flatten()[0], torch.from_numpy(found[f"{layer}.weight_scale"])
+    zero = found.get(f"{layer}.weight_zero_point")
+    assert zero is None or not zero.any()
+    return tuple(torch.tensor(found[f"{layer}.weight_{part}"]) for part in ("codes", "scale"))
 
 
 def operators(path, optimized=False):
@@ -43,20 +42,22 @@ def operators(path, optimized=False):
     return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
+@pytest.mark.parametrize("deploy", ["exact", "x86"])
 @pytest.mark.parametrize("name", NETS)
-def test_codes_are_the_fake_quantized_ones_and_outputs_agree(tmp_path, name):
+def test_codes_are_the_fake_quantized_ones_and_outputs_agree(tmp_path, name, deploy):
     net, x = trained(name, activation_quantize_type=RANGES[list(NETS).index(name) % 2])
-    manifest = export(net, x, tmp_path / "net.onnx", format="int8")
-    assert manifest["rel_diff"] < 2e-2
-    assert manifest["argmax_differs"] == 0
+    manifest = export(net, x, tmp_path / "net.onnx", format="int8", deploy=deploy)
+    assert manifest["rel_diff"] < (2e-2 if deploy == "x86" else 2e-3)
+    assert manifest["argmax_differs"] <= (deploy == "x86")
     for layer, module in quantized_layers(net).items():
         stored, _ = stored_codes(tmp_path / "net.onnx", layer)
-        codes = weight_codes(module).values.short()
-        if not torch.equal(stored.abs(), codes.abs()):  # a matrix that is multiplied from the right
-            codes = codes.t()
+        assert stored.dtype == torch.int8
+        codes = weight_codes(module).values
         channels = 1 if getattr(module, "transposed", False) else 0
+        if codes.ndim == 2 and not torch.equal(stored.abs(), codes.abs()):  # a matrix that is multiplied from the right
+            codes, channels = codes.t(), 1
         others = [d for d in range(codes.ndim) if d != channels]
-        signs = (stored.int() * codes).sum(others, keepdim=True).sign().short()
+        signs = (stored.int() * codes).sum(others, keepdim=True).sign().char()
         assert torch.equal(stored, codes * signs), layer
         assert bool((signs == 1).all()) or name != "vit"
 
@@ -80,8 +81,8 @@ def test_batch_norm_with_negative_gammas_folds_into_scales_and_signs(tmp_path):
     assert export(net, x, tmp_path / "net.onnx", format="int8")["rel_diff"] < 2e-2
     codes, scale = stored_codes(tmp_path / "net.onnx", "stem.0")
     expected = weight_codes(conv)
-    assert torch.equal(codes, expected.values.short() * factor.sign().short().view(-1, 1, 1, 1))
-    assert torch.allclose(scale[1:], (expected.step * factor.abs())[1:].detach(), rtol=1e-6)
+    assert torch.equal(codes, expected.values * factor.sign().char().view(-1, 1, 1, 1))
+    assert torch.allclose(scale.flatten()[1:], (expected.step * factor.abs())[1:].detach(), rtol=1e-6)
     assert bool((scale > 0).all())
     assert "BatchNormalization" not in operators(tmp_path / "net.onnx")
 
@@ -129,7 +130,7 @@ def test_a_model_without_fake_quantization_is_refused(tmp_path):
 def test_an_input_that_was_always_zero_gives_zeros(tmp_path):
     net = transform(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
     net(torch.zeros(2, 4))
-    assert export(net, torch.randn(8, 4), tmp_path / "net.onnx", format="int8")["max_abs_diff"] < 1e-5
+    assert export(net, torch.randn(8, 4), tmp_path / "net.onnx", format="int8")["max_abs_diff"] == 0
 
 
 @pytest.mark.parametrize("deploy", ["exact", "x86", "openvino", "tensorrt", "xnnpack"])
@@ -146,21 +147,49 @@ def test_a_target_without_zero_points_takes_no_affine_inputs(tmp_path):
         export(net, x, tmp_path / "net.onnx", format="int8", deploy="tensorrt")
 
 
+def sequence(ranges, **settings):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6(),
+              nn.MaxPool2d(2), nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(64, 12),
+              nn.ReLU(), nn.Linear(12, 4)]  # fmt: skip
+    net = transform(nn.Sequential(*layers), activation_quantize_type=ranges, **settings)
+    for _ in range(3):
+        net(torch.randn(16, 3, 8, 8))
+    return net.eval(), torch.randn(16, 3, 8, 8)
+
+
 @pytest.mark.parametrize("ranges", RANGES[:2])
-def test_exact_weights_are_int8_only_where_16_bits_hold_two_products(tmp_path, ranges):
-    net, x = trained("tiny", activation_quantize_type=ranges)
-    export(net, x, tmp_path / "net.onnx", format="int8")
-    found = constants(tmp_path / "net.onnx")
-    # Behind a ReLU symmetric codes end at 127, affine ones at 255; the image is signed either way
-    assert found["stem.0.weight_codes"].dtype.name == "uint8"
-    assert found["body.0.weight_codes"].dtype.name == ("int8" if ranges == RANGES[0] else "uint8")
+def test_onnx_runtime_fuses_whole_layers_into_integer_operations(tmp_path, ranges):
+    net, x = sequence(ranges)
+    assert export(net, x, tmp_path / "net.onnx", format="int8", deploy="x86")["rel_diff"] < 2e-2
+    found = operators(tmp_path / "net.onnx", optimized=True)
+    assert (found["QLinearConv"], found["QGemm"]) == (3, 2)
+    assert not set(found) & {"Conv", "FusedConv", "Gemm", "MatMul", "DequantizeLinear"}, found
+
+
+@pytest.mark.parametrize(("ranges", "bits", "integer"), [(RANGES[0], 8, 2), (RANGES[1], 8, 0), (RANGES[1], 7, 2)])
+def test_exact_layers_are_integer_operations_only_where_16_bits_hold_two_products(tmp_path, ranges, bits, integer):
+    net, x = sequence(ranges, weight_bits=bits)
+    assert export(net, x, tmp_path / "net.onnx", format="int8")["rel_diff"] < 1e-3
+    found = operators(tmp_path / "net.onnx", optimized=True)
+    assert found["MatMulIntegerToFloat"] == integer
+    assert not found["QLinearConv"]
+
+
+@pytest.mark.parametrize("deploy", ["exact", "x86"])
+def test_no_weight_is_decoded_at_each_run(tmp_path, deploy):
+    net, x = trained("squeeze_excite")
+    export(net, x, tmp_path / "net.onnx", format="int8", deploy=deploy)
+    operators(tmp_path / "net.onnx", optimized=True)
+    graph = onnx.load(tmp_path / "net.onnx.optimized").graph
+    kept = {one.name for one in graph.initializer}
+    assert not [node.name for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in kept]
 
 
 def test_onnx_runtime_multiplies_the_matrices_of_a_transformer_as_integers(tmp_path):
-    net, x = trained("vit")
+    net, x = trained("vit", weight_bits=7)
     export(net, x, tmp_path / "net.onnx", format="int8")
-    found = operators(tmp_path / "net.onnx", optimized=True)
-    assert found["MatMulIntegerToFloat"] == 8
+    assert operators(tmp_path / "net.onnx", optimized=True)["MatMulIntegerToFloat"] == 9
 
 
 @pytest.mark.parametrize("opset", [19, 21, 23])

@@ -9,56 +9,53 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from lightslim.export.qdq.graph import Array, attribute, constant, marks, new_constant, only_consumer, replace
+from lightslim.export.qdq.graph import (
+    Array,
+    attribute,
+    constant,
+    is_plain_product,
+    marks,
+    new_constant,
+    only_consumer,
+    replace,
+)
 from lightslim.export.qdq.marks import OF_WEIGHT
 from lightslim.kernels.codes import Codes
 from lightslim.kernels.grid import along
 
-LAYERS = ("Conv", "ConvTranspose", "Gemm")
 
-
-def fold_batch_norms(graph: ir.Graph, weights: dict[str, Codes]) -> list[str]:
-    """Fold where a layer's output goes into a batch norm and nowhere else; ``weights`` is changed to fit.
-
-    Returns:
-        The names of the layers that now hold their batch norm.
-    """
+def fold_batch_norms(graph: ir.Graph, weights: dict[str, Codes]) -> None:
+    """Fold where a layer's output goes into a batch norm and nowhere else; ``weights`` is changed to fit."""
     found = list(marks(graph, OF_WEIGHT))
     uses = [layer for _, layer in found]
-    folded = []
     for mark, layer in found:
         node = only_consumer(mark.outputs[0])
+        norm = only_consumer(node.outputs[0]) if node is not None and _foldable(node, mark) else None
         # A layer that runs twice has one weight and perhaps two batch norms
-        if uses.count(layer) == 1 and node is not None and _foldable(node, mark) and _fold(graph, node, layer, weights):
-            folded.append(layer)
-    return folded
+        if uses.count(layer) == 1 and norm is not None and norm.op_type == "BatchNormalization":
+            assert node is not None
+            _fold(graph, node, norm, layer, weights)
 
 
 def _foldable(node: ir.Node, mark: ir.Node) -> bool:
-    if node.op_type not in LAYERS or node.inputs[1] is not mark.outputs[0]:
-        return False
-    plain_gemm = attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0 and attribute(node, "transB", 0)
     if node.op_type == "Gemm":
-        return bool(plain_gemm)
+        return is_plain_product(node, mark.outputs[0])
     # The scales of a grouped transposed convolution repeat in each group
-    return node.op_type == "Conv" or attribute(node, "group", 1) == 1
+    plain = node.op_type == "Conv" or (node.op_type == "ConvTranspose" and attribute(node, "group", 1) == 1)
+    return plain and node.inputs[1] is mark.outputs[0]
 
 
-def _fold(graph: ir.Graph, node: ir.Node, layer: str, weights: dict[str, Codes]) -> bool:
-    norm = only_consumer(node.outputs[0])
-    if norm is None or norm.op_type != "BatchNormalization" or len(norm.outputs) != 1:
-        return False
+def _fold(graph: ir.Graph, node: ir.Node, norm: ir.Node, layer: str, weights: dict[str, Codes]) -> None:
     numbers = [constant(value) for value in norm.inputs[1:5]]
     bias = constant(node.inputs[2]) if _has_bias(node) else np.zeros(1)
     if bias is None or any(part is None for part in numbers):
-        return False
+        return
     gamma, beta, mean, variance = (np.asarray(part, np.float64) for part in numbers)
     factor = gamma / np.sqrt(variance + attribute(norm, "epsilon", 1e-5))
     axis = 1 if node.op_type == "ConvTranspose" else 0
     weights[layer] = scaled(weights[layer], torch.from_numpy(factor), axis)
     _set_bias(graph, node, f"{layer}.bias", (bias - mean) * factor + beta)
     replace(norm, node.outputs[0])
-    return True
 
 
 def scaled(codes: Codes, factor: Tensor, axis: int) -> Codes:

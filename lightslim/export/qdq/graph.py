@@ -11,6 +11,9 @@ from lightslim.export.qdq.marks import DOMAIN
 
 Array = NDArray[Any]
 
+# Runtimes move rounding up past these, and what is monotone may change places with them
+MOVES_PAST = ("MaxPool", "Reshape", "Transpose", "Flatten")
+
 
 def marks(graph: ir.Graph, role: str) -> Iterator[tuple[ir.Node, str]]:
     """The marks of one role and the names of their layers, in the graph's order."""
@@ -57,7 +60,7 @@ class Before:
         """A new initializer."""
         return new_constant(self.graph, f"{self.prefix}_{name}", np.asarray(content))
 
-    def node(self, operator: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+    def node(self, operator: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """A new node's output."""
         node = ir.node(operator, inputs, attributes)
         node.outputs[0].name = f"{self.prefix}_{operator.lower()}"
@@ -73,11 +76,11 @@ def replace(node: ir.Node, value: ir.Value) -> None:
     graph.remove(node, safe=True)
 
 
-def drop_if_unread(value: ir.Value) -> None:
-    """Take the node that makes ``value`` out of its graph if nothing reads it: it would still count as a reader."""
-    node = value.producer()
-    if node is not None and isinstance(node.graph, ir.Graph) and not value.uses() and not value.is_graph_output():
-        node.graph.remove(node, safe=True)
+def is_plain_product(node: ir.Node, weight: ir.Value | None) -> bool:
+    """Whether a Gemm node is what a linear layer computes with ``weight`` and a bias that is a constant."""
+    factors = attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0), attribute(node, "transB", 0)
+    plain = node.op_type == "Gemm" and factors == (1.0, 1.0, 1) and node.inputs[1] is weight
+    return plain and (len(node.inputs) < 3 or constant(node.inputs[2]) is not None)
 
 
 def attribute(node: ir.Node, name: str, default: Any) -> Any:

@@ -6,83 +6,95 @@ import numpy as np
 import onnx_ir as ir
 
 from lightslim.export.qdq.bounds import clip_limits, interval
-from lightslim.export.qdq.graph import Before, drop_if_unread, marks, replace
+from lightslim.export.qdq.graph import MOVES_PAST, Before, marks, only_consumer, replace
 from lightslim.export.qdq.marks import OF_INPUT, InputGrid
 from lightslim.export.qdq.presets import Encoding
 from lightslim.export.qdq.spelling import Spelling, spelled
 from lightslim.kernels.grid import TINY
 
-Uses = list[tuple[ir.Node, str]]
+Wanted = dict[ir.Node, Spelling | InputGrid]
 
 
-def encode_inputs(graph: ir.Graph, grids: Mapping[str, InputGrid], encoding: Encoding) -> dict[ir.Value, Spelling]:
-    """Replace the marks of inputs by nodes that round.
+def plan_inputs(graph: ir.Graph, grids: Mapping[str, InputGrid], encoding: Encoding) -> Wanted:
+    """How each mark of an input is to be rounded: as integers, or in float where eight bits or one step do not do.
 
-    Returns:
-        The values that a runtime can keep as integers, and how those are spelled.
+    A ReLU that rounding does anyway for all who read it is dropped: runtimes fuse a layer with rounding only.
     """
-    by_source: dict[ir.Value, Uses] = {}
+    by_source: dict[ir.Value, list[ir.Node]] = {}
+    wanted: Wanted = {}
     for mark, layer in marks(graph, OF_INPUT):
-        assert mark.inputs[0] is not None
-        by_source.setdefault(mark.inputs[0], []).append((mark, layer))
-    found: dict[ir.Value, Spelling] = {}
-    for source, uses in by_source.items():
-        positive = interval(source)[0] >= 0
-        wanted = {layer: _wanted(grids[layer], positive, encoding, layer) for _, layer in uses}
-        found.update(_encode(graph, _without_activation(source, uses, wanted.values()), uses, wanted, encoding))
-        drop_if_unread(source)
-    return found
+        source = mark.inputs[0]
+        assert source is not None
+        by_source.setdefault(source, []).append(mark)
+        grid, positive = grids[layer], interval(source)[0] >= 0
+        wanted[mark] = spelled(grid, positive, encoding, layer) if grid.fits else grid
+    for source, readers in by_source.items():
+        if len(source.uses()) == len(readers) and not source.is_graph_output():
+            _drop_activation(source, [wanted[mark] for mark in readers])
+    return wanted
 
 
-def _wanted(grid: InputGrid, positive: bool, encoding: Encoding, layer: str) -> Spelling | InputGrid:
-    return spelled(grid, positive, encoding, layer) if grid.fits else grid
+def _drop_activation(source: ir.Value, wanted: Iterable[Spelling | InputGrid]) -> None:
+    node = source.producer()
+    while node is not None and node.op_type in MOVES_PAST and node.inputs[0] and only_consumer(node.inputs[0]) is node:
+        node = node.inputs[0].producer()
+    if node is None or node.op_type not in ("Relu", "Clip"):
+        return
+    floor, ceiling = clip_limits(node) if node.op_type == "Clip" else (0.0, np.inf)
+    implied = (
+        isinstance(grid, Spelling) and grid.floors_at_zero and ceiling >= grid.highest * (1 - 1e-6) for grid in wanted
+    )
+    if floor == 0 and node.inputs[0] is not None and all(implied):
+        replace(node, node.inputs[0])
 
 
-def _encode(
-    graph: ir.Graph, source: ir.Value, uses: Uses, wanted: Mapping[str, Spelling | InputGrid], encoding: Encoding
-) -> dict[ir.Value, Spelling]:
-    """Layers that read one value on one grid share its integers."""
-    made: dict[Spelling | InputGrid, ir.Value] = {}
-    for mark, layer in uses:
-        grid = wanted[layer]
-        if grid not in made:
+def encode_inputs(graph: ir.Graph, wanted: Wanted, whole: set[ir.Node], encoding: Encoding) -> None:
+    """Replace the marks of inputs by nodes that round; layers that read one value on one grid share them.
+
+    Args:
+        graph: with marks.
+        wanted: from :func:`plan_inputs`.
+        whole: the layers that are to be one integer operation.
+        encoding: what the target wants.
+    """
+    made: dict[tuple[ir.Value | None, Spelling | InputGrid, bool], ir.Value] = {}
+    for mark, layer in marks(graph, OF_INPUT):
+        source, grid = mark.inputs[0], wanted[mark]
+        assert source is not None
+        integers = any(node in whole for node in mark.outputs[0].consumers())
+        key = (source, grid, integers)
+        if key not in made:
             place = Before(mark, graph, f"{layer}.input")
             if isinstance(grid, Spelling):
-                made[grid] = _integers(place, source, grid, encoding)
+                made[key] = _integers(place, source, grid, encoding.clips)
             else:
-                made[grid] = _floats(place, source, grid)
-        replace(mark, made[grid])
-    return {value: grid for grid, value in made.items() if isinstance(grid, Spelling)}
+                made[key] = _floats(place, source, grid)
+        replace(mark, made[key])
 
 
-def _without_activation(source: ir.Value, uses: Uses, wanted: Iterable[Spelling | InputGrid]) -> ir.Value:
-    """What comes before a ReLU that rounding does anyway for all who read it: runtimes fuse a layer with rounding."""
-    node = source.producer()
-    if node is None or node.op_type not in ("Relu", "Clip") or source.is_graph_output():
-        return source
-    floor, ceiling = clip_limits(node) if node.op_type == "Clip" else (0.0, np.inf)
-    needless = len(source.uses()) == len(uses) and floor == 0
-    for grid in wanted:
-        implied = isinstance(grid, Spelling) and grid.floors_at_zero and ceiling >= grid.highest * (1 - 1e-6)
-        needless = needless and implied
-    before = node.inputs[0]
-    return before if needless and before is not None else source
+def _integers(place: Before, source: ir.Value, wanted: Spelling, clips: str | None) -> ir.Value:
+    """Round and decode.
 
-
-def _integers(place: Before, source: ir.Value, wanted: Spelling, encoding: Encoding) -> ir.Value:
+    Where ``clips`` is ``decoded``, the Clip also keeps ONNX Runtime from taking the layer for one of integers: it would
+    round the layer's weight and bias anew.
+    """
     low, high = wanted.overshoot(interval(source))
-    if encoding.clips is None and not high and wanted.low == wanted.limits[0] + 1:
-        low = False
-    if encoding.clips != "codes" and (low or high):
-        values = [np.float32((code - wanted.zero) * wanted.step) for code in (wanted.low, wanted.high)]
-        source = place.node("Clip", source, *map(place.constant, ("from", "to"), values))
+    outside = high or (low and (clips is not None or wanted.low > wanted.limits[0] + 1))
+    if outside and clips in ("values", None):
+        source = place.node("Clip", source, *_limits(place, wanted, decoded=True))
     scale = place.constant("scale", np.float32(wanted.step))
     zero = place.constant("zero_point", wanted.dtype(wanted.zero))
     codes = place.node("QuantizeLinear", source, scale, zero)
-    if encoding.clips == "codes" and (low or high):
-        limits = [wanted.dtype(code) for code in (wanted.low, wanted.high)]
-        codes = place.node("Clip", codes, *map(place.constant, ("from", "to"), limits))
-    return place.node("DequantizeLinear", codes, scale, zero)
+    if outside and clips == "codes":
+        codes = place.node("Clip", codes, *_limits(place, wanted, decoded=False))
+    values = place.node("DequantizeLinear", codes, scale, zero)
+    return place.node("Clip", values, *_limits(place, wanted, decoded=True)) if clips == "decoded" else values
+
+
+def _limits(place: Before, wanted: Spelling, decoded: bool) -> list[ir.Value]:
+    ends = np.array([wanted.low, wanted.high])
+    ends = ((ends - wanted.zero) * wanted.step).astype(np.float32) if decoded else ends.astype(wanted.dtype)
+    return [place.constant(name, end) for name, end in zip(("from", "to"), ends, strict=True)]
 
 
 def _floats(place: Before, x: ir.Value, grid: InputGrid) -> ir.Value:

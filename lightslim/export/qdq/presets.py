@@ -12,26 +12,28 @@ class Encoding:
     Attributes:
         signed: inputs are int8, else uint8.
         moves_zero: an input's zero may have any code; needed for affine ranges.
-        clips: how codes that the type has and the grid has not are kept out: on the ``codes``, on the ``values`` before
-            they are rounded, or None for not at all (one code too many, below the range).
-        weights: ``int8``, or ``fitting`` for uint8 where int8 would overflow on CPUs that add pairs of products in 16
-            bits.
-        integer_bias: biases are int32 where that lets the whole layer be one integer operation.
+        clips: where codes that the type has and the grid has not are kept out: among the ``codes``, among the
+            ``values`` before they are rounded, or None for not at all where it is one code below the range.
+        rounds_bias: a bias may be counted in steps of its layer, if that lets the layer be one integer operation.
+        overflows: the target adds products in 32 bits; else in 16, two at a time, and without a word if they are more.
+        folds: a layer that cannot be one integer operation gets its weight by operations that are worked out once, when
+            the file is loaded: ONNX Runtime decodes a DequantizeLinear at each run and packs the weight at each run.
     """
 
-    signed: bool
-    moves_zero: bool
-    clips: str | None
-    weights: str
-    integer_bias: bool
+    signed: bool = False
+    moves_zero: bool = True
+    clips: str | None = "codes"
+    rounds_bias: bool = False
+    overflows: bool = False
+    folds: bool = False
 
 
 PRESETS = {
-    "exact": Encoding(signed=False, moves_zero=True, clips="codes", weights="fitting", integer_bias=True),
-    "x86": Encoding(signed=False, moves_zero=True, clips="codes", weights="int8", integer_bias=True),
-    "openvino": Encoding(signed=False, moves_zero=True, clips="values", weights="int8", integer_bias=False),
-    "tensorrt": Encoding(signed=True, moves_zero=False, clips=None, weights="int8", integer_bias=False),
-    "xnnpack": Encoding(signed=True, moves_zero=True, clips=None, weights="int8", integer_bias=True),
+    "exact": Encoding(folds=True),
+    "x86": Encoding(rounds_bias=True, overflows=True, folds=True),
+    "openvino": Encoding(clips="values", overflows=True),
+    "tensorrt": Encoding(signed=True, moves_zero=False, clips=None, overflows=True),
+    "xnnpack": Encoding(signed=True, clips=None, rounds_bias=True, overflows=True),
 }
 
 
@@ -40,6 +42,10 @@ def encoding_for(deploy: str) -> Encoding:
 
     Raises:
         CompressionError: there is no such preset.
+
+    Example:
+        >>> encoding_for("tensorrt").signed
+        True
     """
     if deploy not in PRESETS:
         raise CompressionError(f"deploy is {deploy!r}; {did_you_mean(str(deploy), PRESETS)}")

@@ -1,76 +1,114 @@
 """Integer weights and biases as initializers of a graph."""
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from lightslim.export.qdq.graph import Array, Before, attribute, constant, marks, only_consumer, replace
+from lightslim.export.qdq.graph import (
+    Array,
+    Before,
+    attribute,
+    constant,
+    is_plain_product,
+    marks,
+    only_consumer,
+    replace,
+)
+from lightslim.export.qdq.inputs import Wanted
 from lightslim.export.qdq.marks import OF_WEIGHT
 from lightslim.export.qdq.presets import Encoding
 from lightslim.export.qdq.spelling import Spelling
+from lightslim.export.qdq.whole import is_rounded, spelling_of
 from lightslim.kernels.codes import Codes
+from lightslim.kernels.grid import along
 
-SATURATION = 2**15 - 1
 LARGEST_BIAS = 2**30
 
 
+def turn_matrices(graph: ir.Graph, weights: dict[str, Codes]) -> None:
+    """Transpose the codes themselves, in ``weights``, where the graph transposes a weight."""
+    found = list(marks(graph, OF_WEIGHT))
+    uses = [layer for _, layer in found]
+    for mark, layer in found:
+        node = only_consumer(mark.outputs[0])
+        if node is not None and node.op_type == "Transpose" and uses.count(layer) == 1:
+            order = list(attribute(node, "perm", None) or reversed(range(weights[layer].values.ndim)))
+            weights[layer] = _turned(weights[layer], order)
+            replace(node, mark.outputs[0])
+
+
+def _turned(codes: Codes, order: list[int]) -> Codes:
+    axis = None if codes.axis is None else order.index(codes.axis)
+    return Codes(codes.values.permute(order).contiguous(), codes.step, codes.zero, axis)
+
+
+def add_biases_in_float(graph: ir.Graph, weights: dict[str, Codes]) -> None:
+    """Take the bias of each layer out of it: runtimes would count it in the layer's steps, and so round it.
+
+    By subtraction, since ONNX Runtime puts a layer and an addition together again; where there is no bias a zero keeps
+    it from rounding the weight anew.
+    """
+    for mark, layer in marks(graph, OF_WEIGHT):
+        node = only_consumer(mark.outputs[0])
+        if node is not None and is_plain_product(node, mark.outputs[0]):
+            weights[layer] = _turned(weights[layer], [1, 0])
+            _apart(graph, node, layer, "MatMul", ())
+        elif node is not None and node.op_type in ("Conv", "ConvTranspose"):
+            _apart(graph, node, layer, node.op_type, (-1, *[1] * (weights[layer].values.ndim - 2)))
+
+
+def _apart(graph: ir.Graph, node: ir.Node, layer: str, operator: str, shape: tuple[int, ...]) -> None:
+    bias = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(1, np.float32)
+    if bias is None:
+        return
+    place = Before(node, graph, layer)
+    attributes = {} if operator == "MatMul" else {name: one.value for name, one in node.attributes.items()}
+    product = place.node(operator, *node.inputs[:2], **attributes)
+    negative = place.constant("negative_bias", -bias.reshape(shape or bias.shape))
+    replace(node, place.node("Sub", product, negative))
+
+
 def encode_weights(
-    graph: ir.Graph, weights: dict[str, Codes], inputs: dict[ir.Value, Spelling], encoding: Encoding
+    graph: ir.Graph, weights: dict[str, Codes], wanted: Wanted, whole: set[ir.Node], encoding: Encoding
 ) -> None:
     """Replace the marks of weights by integers and the nodes that decode them."""
     for mark, layer in marks(graph, OF_WEIGHT):
-        codes, place = weights[layer], mark
-        transpose = only_consumer(mark.outputs[0])
-        if transpose is not None and transpose.op_type == "Transpose":
-            codes, place = _transposed(codes, list(attribute(transpose, "perm", None) or ())), transpose
-        codes = codes._replace(step=_nowhere_zero(codes.step))
-        node = only_consumer(place.outputs[0])
-        spelling = inputs.get(node.inputs[0]) if node is not None and node.inputs[0] is not None else None
-        shift = 128 if encoding.weights == "fitting" and spelling and _overflows(codes, spelling) else 0
-        decoded = _decoded(Before(place, graph, f"{layer}.weight"), codes, shift)
-        if node is not None and spelling is not None and encoding.integer_bias:
-            _encode_bias(Before(place, graph, f"{layer}.bias"), node, codes, spelling)
-        replace(place, decoded)
-        if place is not mark:
-            graph.remove(mark, safe=True)
+        codes = weights[layer]._replace(step=_nowhere_zero(weights[layer].step))
+        nodes = mark.outputs[0].consumers()
+        for node in nodes:
+            spelling = spelling_of(node, wanted)
+            if encoding.rounds_bias and spelling and _is_one_operation(node, wanted, whole):
+                _count_bias(Before(node, graph, f"{layer}.bias"), node, codes, spelling)
+        place = Before(mark, graph, f"{layer}.weight")
+        replace(mark, _decoded(place, codes) if whole.issuperset(nodes) else _decoded_at_loading(place, codes))
 
 
-def _transposed(codes: Codes, order: list[int]) -> Codes:
-    order = order or list(reversed(range(codes.values.ndim)))
-    axis = None if codes.axis is None else order.index(codes.axis)
-    return Codes(codes.values.permute(order), codes.step, codes.zero, axis)
+def _is_one_operation(node: ir.Node, wanted: Wanted, whole: set[ir.Node]) -> bool:
+    return node in whole and (node.op_type == "Gemm" or is_rounded(node.outputs[0], wanted))
 
 
 def _nowhere_zero(step: torch.Tensor) -> torch.Tensor:
     """A channel of zeros takes any step; it must not be one that a bias cannot be counted in."""
-    largest = step.max().item() or 1.0
-    return torch.where(step == 0, largest, step)
+    return torch.where(step == 0, step.max().item() or 1.0, step)
 
 
-def _overflows(codes: Codes, spelling: Spelling) -> bool:
-    """Whether the sum of two products may leave 16 bits, which some CPUs cut off there without a word."""
-    return 2 * spelling.high * int(codes.values.int().abs().max()) > SATURATION
-
-
-def _decoded(place: Before, codes: Codes, shift: int) -> ir.Value:
-    values = codes.values.contiguous().numpy()
-    if shift:
-        values = (values.astype(np.int16) + shift).astype(np.uint8)
+def _decoded(place: Before, codes: Codes) -> ir.Value:
     scale = codes.step.float().numpy()
-    # Under the weight's own name
-    integers = place.constant("codes", values)
-    parts = place.constant("scale", scale), place.constant("zero_point", np.full_like(scale, shift, dtype=values.dtype))
-    axis: dict[str, Any] = {} if codes.axis is None else {"axis": codes.axis}
-    return place.node("DequantizeLinear", integers, *parts, **axis)
+    parts = place.constant("scale", scale), place.constant("zero_point", np.zeros(scale.shape, np.int8))
+    axis = {} if codes.axis is None else {"axis": codes.axis}
+    return place.node("DequantizeLinear", place.constant("codes", codes.values.numpy()), *parts, **axis)
 
 
-def _encode_bias(place: Before, node: ir.Node, codes: Codes, spelling: Spelling) -> None:
-    """Count the bias of a layer in its own integers, if that lets the whole layer run as one integer operation."""
+def _decoded_at_loading(place: Before, codes: Codes) -> ir.Value:
+    scale = along(codes.step.float(), codes.values, codes.axis).numpy()
+    values = place.node("Cast", place.constant("codes", codes.values.numpy()), to=ir.DataType.FLOAT.value)
+    return place.node("Mul", values, place.constant("scale", scale))
+
+
+def _count_bias(place: Before, node: ir.Node, codes: Codes, spelling: Spelling) -> None:
+    """Write the bias of a layer as the integers that it adds, unless they are too many."""
     bias = constant(node.inputs[2]) if node.op_type in ("Conv", "Gemm") and len(node.inputs) > 2 else None
-    rounding = _rounding_after(node.outputs[0])
-    if bias is None or not (rounding or node.op_type == "Gemm"):
+    if bias is None:
         return
     scale = np.broadcast_to(np.float32(spelling.step) * codes.step.float().numpy(), bias.shape)
     counts = np.round(bias / scale.astype(np.float64))
@@ -81,11 +119,3 @@ def _encode_bias(place: Before, node: ir.Node, codes: Codes, spelling: Spelling)
 def _counted(place: Before, counts: Array, scale: Array) -> ir.Value:
     integers = place.constant("codes", counts.astype(np.int32))
     return place.node("DequantizeLinear", integers, place.constant("scale", scale), axis=0)
-
-
-def _rounding_after(value: ir.Value) -> ir.Node | None:
-    """The node that rounds ``value``, if a runtime can move it up to there and nothing else reads what is before."""
-    reader = only_consumer(value)
-    while reader is not None and reader.op_type in ("MaxPool", "Reshape", "Transpose", "Flatten"):
-        reader = only_consumer(reader.outputs[0])
-    return reader if reader is not None and reader.op_type == "QuantizeLinear" else None

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from lightslim.export.program import program_of
 from lightslim.export.qdq.fold import fold_batch_norms
-from lightslim.export.qdq.inputs import encode_inputs
+from lightslim.export.qdq.inputs import encode_inputs, plan_inputs
 from lightslim.export.qdq.marks import DOMAIN, mark
 from lightslim.export.qdq.presets import encoding_for
 from lightslim.export.qdq.trace import trace
-from lightslim.export.qdq.weights import encode_weights
+from lightslim.export.qdq.weights import add_biases_in_float, encode_weights, turn_matrices
+from lightslim.export.qdq.whole import whole_layers
 
 
 def write_integers(
@@ -26,7 +27,13 @@ def write_integers(
     traced = trace(model, inputs, program.input_names, program.output_names, opset, dynamic_batch)
     graph = traced.graph
     fold_batch_norms(graph, marked.weights)
-    encode_weights(graph, marked.weights, encode_inputs(graph, marked.inputs, encoding), encoding)
+    turn_matrices(graph, marked.weights)
+    wanted = plan_inputs(graph, marked.inputs, encoding)
+    if not encoding.rounds_bias:
+        add_biases_in_float(graph, marked.weights)
+    whole = whole_layers(graph, wanted, marked.weights, encoding)
+    encode_weights(graph, marked.weights, wanted, whole, encoding)
+    encode_inputs(graph, wanted, whole, encoding)
     save(traced, path)
 
 
