@@ -25,3 +25,5 @@ def lightslim_register(registry: Registry) -> None:
     registry.add("exporter", export.int8_file)
     registry.add("exporter", export.onnx_file)
     registry.add("exporter", export.openvino_file)
+    registry.add("exporter", export.mobile_file)
+    registry.add("exporter", export.pte_file)

@@ -29,4 +29,6 @@ ROWS: dict[tuple[str, str], Callable[[], Any]] = {
     ("exporter", "int8"): lambda: export.int8_file,
     ("exporter", "onnx"): lambda: export.onnx_file,
     ("exporter", "openvino"): lambda: export.openvino_file,
+    ("exporter", "mobile"): lambda: export.mobile_file,
+    ("exporter", "pte"): lambda: export.pte_file,
 }

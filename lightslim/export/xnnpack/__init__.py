@@ -1,0 +1,1 @@
+"""From a module of integers to an ExecuTorch program for XNNPACK; needs the extra ``mobile``."""
