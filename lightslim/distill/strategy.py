@@ -107,12 +107,13 @@ class DistillationStrategy(CompressionStrategy):
         if self._lesson is None:
             return self._saved
         projections = {key: projection.saved() for key, projection in self._lesson.projections.items()}
-        return {"projections": projections, "aside": self._aside.state_dict() if self._aside else None}
+        last = {name: float(value) for name, value in self._lesson.last.items()}
+        return {"last": last, "projections": projections, "aside": self._aside.state_dict() if self._aside else None}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._saved = {key: state_dict[key] for key in ("projections", "aside") if key in state_dict}
+        self._saved = {key: state_dict[key] for key in ("last", "projections", "aside") if key in state_dict}
         if self._earlier is not None and "earlier" in state_dict:
             self._earlier.load(state_dict["earlier"])
 
@@ -160,6 +161,7 @@ class DistillationStrategy(CompressionStrategy):
         lesson = self._new_lesson(pl_module)
         for key, saved in self._saved["projections"].items():
             lesson.projections[key] = Projection.restored(saved).to(pl_module.device)
+        lesson.last = {name: torch.tensor(value) for name, value in self._saved["last"].items()}
         self._lesson = lesson
         self._exchange(trainer, pl_module)
         if self._aside is not None:
@@ -204,11 +206,11 @@ class DistillationStrategy(CompressionStrategy):
         return rows
 
     @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def act_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for other in strategies_of(trainer):  # whichever is listed first, one phase ends before another begins
             if isinstance(other, DistillationStrategy) and other is not self and other._lesson is not None:
-                CompressionStrategy.on_train_epoch_start(other, trainer, pl_module)
-        super().on_train_epoch_start(trainer, pl_module)
+                CompressionStrategy.act_if_due(other, trainer, pl_module)
+        super().act_if_due(trainer, pl_module)
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -230,6 +232,7 @@ class DistillationStrategy(CompressionStrategy):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._lesson is None or not self._begun or self._ended:
             return
         if len(cuts_of(pl_module)) != self._cuts:
