@@ -99,6 +99,7 @@ class Lesson:
         self._traces.close()
 
     def _taught(self, step: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        self.last = {}
         with self.watched(args, options), self._manual():
             output = step(*args, **options)
             if output is not None and self.student.automatic_optimization:
@@ -114,7 +115,6 @@ class Lesson:
         """
         student, watch, forward = self.student, self.watch, self.student.forward
         self._batch = args[0] if args else next(iter(options.values()), None)
-        self.last = {}
         watch.clear()
 
         @functools.wraps(forward)
