@@ -1,6 +1,7 @@
 """lightslim: prune, quantize and distil any LightningModule inside the training run you already have."""
 
 from lightslim.compressor import Compressor
+from lightslim.distill import DistillationStrategy, FSPDistiller, L2Distiller, SoftLabelDistiller
 from lightslim.errors import CompressionError
 from lightslim.hooks import hookimpl
 from lightslim.loading import load_compressed
@@ -14,7 +15,11 @@ __all__ = [
     "CompressionMonitor",
     "CompressionStrategy",
     "Compressor",
+    "DistillationStrategy",
+    "FSPDistiller",
+    "L2Distiller",
     "QuantizationStrategy",
+    "SoftLabelDistiller",
     "StructurePruner",
     "UniformPruneStrategy",
     "hookimpl",

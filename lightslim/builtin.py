@@ -1,6 +1,6 @@
 """Our own plugin: everything lightslim brings enters by the same door as a third party's."""
 
-from lightslim import export, prune, quantize
+from lightslim import distill, export, prune, quantize
 from lightslim.hooks import hookimpl
 from lightslim.registry import Registry
 
@@ -21,6 +21,10 @@ def lightslim_register(registry: Registry) -> None:
     registry.add("range", quantize.Percentile, "percentile")
     registry.add("range", quantize.LeastSquares, "mse")
     registry.add("range", quantize.Entropy, "entropy")
+    registry.add("strategy", distill.DistillationStrategy)
+    registry.add("distiller", distill.FSPDistiller)
+    registry.add("distiller", distill.L2Distiller)
+    registry.add("distiller", distill.SoftLabelDistiller)
     registry.add("exporter", export.float_file)
     registry.add("exporter", export.int8_file)
     registry.add("exporter", export.onnx_file)

@@ -60,7 +60,8 @@ class Compressor:
         train_loader: training data, if there is no ``datamodule``.
         val_loader: validation data, if there is no ``datamodule``.
         datamodule: training and validation data in one.
-        teachers: trained modules to distil from; only for recipes with a strategy that takes them.
+        teachers: trained modules to distil from, a list or by name, instead of those of the recipe; only for recipes
+            with a strategy that takes them.
         train_optimizer: from parameters to an optimizer, instead of the module's own ``configure_optimizers``.
         distiller_optimizer: the same for the distillation phase; only for recipes that have one.
         feed_list: names for the parts of a batch, in order; exported models carry them.
@@ -87,7 +88,7 @@ class Compressor:
         train_loader: Any = None,
         val_loader: Any = None,
         datamodule: LightningDataModule | None = None,
-        teachers: Sequence[Any] = (),
+        teachers: Sequence[Any] | Mapping[str, Any] = (),
         train_optimizer: OptimizerFactory | None = None,
         distiller_optimizer: OptimizerFactory | None = None,
         feed_list: Names | None = None,
@@ -100,7 +101,7 @@ class Compressor:
             raise CompressionError("give the data either as train_loader (and val_loader) or as a datamodule")
         self.module = module
         self.data = {"datamodule": datamodule} if datamodule else _loaders(train_loader, val_loader)
-        self.teachers = list(teachers)
+        self.teachers = _by_name(teachers)
         self.train_optimizer = train_optimizer
         self.distiller_optimizer = distiller_optimizer
         self.feed_list = _pairs(feed_list)
@@ -123,8 +124,7 @@ class Compressor:
                 raise CompressionError(f"{recipe.path} has no {section} section: nothing to run it on")
             if not isinstance(built, kind):
                 raise CompressionError(f"{recipe.path}: {section}: {type(built).__name__} is no {kind.__name__}")
-        teacher = recipe.teacher()
-        return cls(module, datamodule=data, teachers=[teacher] if teacher else (), out=out).config(recipe)
+        return cls(module, datamodule=data, out=out).config(recipe)
 
     def config(self, recipe: str | PathLike[str] | Recipe) -> "Compressor":
         """Take a recipe: a YAML file or a :class:`Recipe`."""
@@ -229,10 +229,13 @@ class Compressor:
         return writing.manifest
 
     def _check_teachers(self, strategies: Sequence[CompressionStrategy]) -> None:
-        distils = any(hasattr(strategy, "distillers") for strategy in strategies)
-        for name in ("teachers", "distiller_optimizer"):
-            if getattr(self, name) and not distils:
+        teachers = self.teachers or self._recipe.teachers()
+        distilling = [strategy for strategy in strategies if hasattr(strategy, "equip")]
+        for name, given in (("teachers", teachers), ("distiller_optimizer", self.distiller_optimizer)):
+            if given and not distilling:
                 raise CompressionError(f"{name} given, but no strategy of this recipe distils")
+        for strategy in distilling:
+            strategy.equip(teachers, self.distiller_optimizer)
 
     def _checkpoint(self, resume: str | PathLike[str] | None) -> Path | None:
         if resume == "auto":
@@ -360,6 +363,12 @@ def _pairs(names: Names | None) -> dict[str, str]:
     return {name: name for name in names or () if isinstance(name, str)} | {
         pair[0]: pair[1] for pair in names or () if not isinstance(pair, str)
     }
+
+
+def _by_name(teachers: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(teachers, Mapping):
+        return dict(teachers)
+    return {"teacher" if len(teachers) == 1 else f"teacher_{i}": teacher for i, teacher in enumerate(teachers)}
 
 
 def _listed(callbacks: Any) -> list[Callback]:

@@ -202,7 +202,8 @@ def cut_in_fit(trainer: Trainer, module: LightningModule, cut: Cut) -> None:
     Call it between two epochs: no graph of the old shapes may be alive.
     """
     cut = Cut.from_state(trainer.strategy.broadcast(cut.to_state()))
-    optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in trainer.optimizers]
+    aside = [one for callback in trainer.callbacks for one in getattr(callback, "optimizers_aside", ())]  # type: ignore[attr-defined]
+    optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in [*trainer.optimizers, *aside]]
     module.zero_grad(set_to_none=True)
     with _unwrapped(trainer):
         apply(module, cut, optimizers)

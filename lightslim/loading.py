@@ -56,6 +56,15 @@ def restore(module: nn.Module, weights: Mapping[str, Any], record: Mapping[str, 
         CompressionError: names or shapes do not fit.
     """
     conform(module, weights, record)
+    fill(module, weights, path)
+
+
+def fill(module: nn.Module, weights: Mapping[str, Any], path: object) -> None:
+    """Load ``weights`` into a module of just this structure.
+
+    Raises:
+        CompressionError: names or shapes do not fit.
+    """
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:

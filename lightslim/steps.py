@@ -192,6 +192,9 @@ class _NoOptimizer:
 
     param_groups: Sequence[dict[str, Any]] = ({"lr": 0.0, "params": []},)
 
+    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        return None if closure is None else closure()
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *_, **__: self
 

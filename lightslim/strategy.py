@@ -132,6 +132,16 @@ class CompressionStrategy(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.act_if_due(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Resumed from a checkpoint of an epoch's last step, Lightning begins the next epoch without telling anybody
+        if batch_idx == 0:
+            self.act_if_due(trainer, pl_module)
+
+    def act_if_due(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin or finish if this epoch is the one; call it as often as you like."""
         epoch = trainer.current_epoch
         if not self._begun and epoch >= self.start_epoch:
             self._note(trainer, self.begin(trainer, pl_module))

@@ -6,7 +6,19 @@ A strategy's row makes a fresh one that acts at epoch 1; a new component without
 from collections.abc import Callable
 from typing import Any
 
-from lightslim import QuantizationStrategy, StructurePruner, UniformPruneStrategy, export, quantize
+from tiny import TinyModule
+
+from lightslim import (
+    DistillationStrategy,
+    FSPDistiller,
+    L2Distiller,
+    QuantizationStrategy,
+    SoftLabelDistiller,
+    StructurePruner,
+    UniformPruneStrategy,
+    export,
+    quantize,
+)
 from lightslim.prune import l1_norm
 
 ROWS: dict[tuple[str, str], Callable[[], Any]] = {
@@ -25,6 +37,12 @@ ROWS: dict[tuple[str, str], Callable[[], Any]] = {
     ("range", "percentile"): quantize.Percentile,
     ("range", "mse"): quantize.LeastSquares,
     ("range", "entropy"): quantize.Entropy,
+    ("strategy", "DistillationStrategy"): lambda: DistillationStrategy(
+        [SoftLabelDistiller(), L2Distiller("net.stem", "net.stem")], teacher=TinyModule(), start_epoch=1
+    ),
+    ("distiller", "FSPDistiller"): lambda: FSPDistiller([("net.stem", "net.body")], [("net.stem", "net.body")]),
+    ("distiller", "L2Distiller"): lambda: L2Distiller("net.stem", "net.stem"),
+    ("distiller", "SoftLabelDistiller"): SoftLabelDistiller,
     ("exporter", "float"): lambda: export.float_file,
     ("exporter", "int8"): lambda: export.int8_file,
     ("exporter", "onnx"): lambda: export.onnx_file,

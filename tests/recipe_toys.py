@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import pytest
 import pytorch_lightning as pl
 
-from lightslim.errors import CompressionError
+from lightslim import DistillationStrategy, FSPDistiller, L2Distiller, SoftLabelDistiller
 from lightslim.prune import StructurePruner, UniformPruneStrategy, l1_norm
 from lightslim.recipe import Recipe, drafts
 from lightslim.registry import Registry
@@ -70,51 +70,7 @@ class QuantizationStrategy(CompressionStrategy):
 
 
 class Distiller:
-    def __init__(self, distillation_loss_weight: float = 1.0) -> None:
-        if distillation_loss_weight <= 0:
-            raise CompressionError(f"distillation_loss_weight is {distillation_loss_weight}; it must be positive")
-
-
-class FSPDistiller(Distiller):
-    def __init__(
-        self,
-        teacher_pairs: Sequence[tuple[str, str]],
-        student_pairs: Sequence[tuple[str, str]],
-        distillation_loss_weight: float = 1.0,
-    ) -> None:
-        super().__init__(distillation_loss_weight)
-        self.student_pairs = student_pairs
-
-
-class L2Distiller(Distiller):
-    def __init__(
-        self, teacher_feature_map: str, student_feature_map: str, distillation_loss_weight: float = 1.0
-    ) -> None:
-        super().__init__(distillation_loss_weight)
-
-
-class SoftLabelDistiller(L2Distiller):
-    def __init__(
-        self,
-        teacher_feature_map: str,
-        student_feature_map: str,
-        student_temperature: float = 1.0,
-        teacher_temperature: float = 1.0,
-        distillation_loss_weight: float = 1.0,
-    ) -> None:
-        super().__init__(teacher_feature_map, student_feature_map, distillation_loss_weight)
-
-
-class DistillationStrategy(CompressionStrategy):
-    def __init__(
-        self,
-        distillers: Sequence[Distiller] = (),
-        start_epoch: int = 0,
-        end_epoch: int | None = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(start_epoch, end_epoch, name)
-        self.distillers = distillers
+    """No strategy."""
 
 
 class Bell(pl.Callback):

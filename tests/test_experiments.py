@@ -299,10 +299,16 @@ def test_recipes_fit_what_they_name(path):
         if "pruner" in strategy:
             assert strategy["pruner"] in recipe["pruners"]
             assert patterns.select(strategy["pruned_params"], names, "pruned_params")
-    assert model.hparams.restarts == [strategies[0]["start_epoch"]]
+        for distiller in (recipe["distillers"][name] for name in strategy.get("distillers", ())):
+            teacher = build(dict(recipe["teacher"])) if "teacher" in recipe else model
+            assert {distiller["student_feature_map"]} <= dict(model.named_modules()).keys()
+            assert {distiller["teacher_feature_map"]} <= dict(teacher.named_modules()).keys()
+    start = strategies[0]["start_epoch"]
+    assert list(model.hparams.restarts) == ([start] if start else [])
 
 
 def build(section):
+    section.pop("checkpoint", None)
     module, _, name = section.pop("class").partition(":")
     return getattr(importlib.import_module(module), name)(**section)
 

@@ -2,6 +2,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from recipe_toys import BASE, Bell, FSPDistiller, Model, recipe_fixture, toy_registry  # noqa: F401 - fixtures
 
 from lightslim.errors import CompressionError
@@ -102,14 +103,76 @@ def test_objects_are_built_when_asked_for(recipe):
     before = Model.built
     found = recipe(OBJECTS)
     assert Model.built == before
-    assert (found.model().width, found.model().bell.pitch, found.teacher().width) == (8, 440, 64)
+    assert (found.model().width, found.model().bell.pitch) == (8, 440)
     assert found.teacher_checkpoint == "teacher.ckpt"
+    with pytest.raises(CompressionError, match=r"recipe.yaml:2: teacher.checkpoint: teacher.ckpt: there is no such"):
+        found.teacher()
     assert found.data() is None
     arguments = found.trainer_arguments()
     (bell,) = arguments.pop("callbacks")
     assert isinstance(bell, Bell)
     assert (bell.pitch, bell.loud) == (1000.0, True)
     assert arguments == {"accelerator": "cpu", "precision": "16-mixed", "limit_train_batches": 4}
+
+
+TEACHERS = """\
+teachers:
+  big: {class: "torch.nn:Linear", in_features: 2, out_features: 3, checkpoint: CKPT}
+  fresh: {class: "torch.nn:Linear", in_features: 2, out_features: 5}
+"""
+
+
+def test_teachers_come_with_the_weights_of_their_checkpoints(recipe, tmp_path):
+    trained = torch.nn.Linear(2, 3)
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "big.ckpt")
+    found = recipe(TEACHERS.replace("CKPT", str(tmp_path / "big.ckpt"))).teachers()
+    assert torch.equal(found["big"].weight, trained.weight)
+    assert found["fresh"].out_features == 5
+
+
+class Payload:
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (torch.nn.Linear(2, 4).state_dict(), "does not fit Linear.*size mismatch"),
+        ({"weight": torch.zeros(3, 2)}, "does not fit Linear.*Missing key"),
+        ({**torch.nn.Linear(2, 3).state_dict(), "more": torch.zeros(1)}, "does not fit Linear.*Unexpected key"),
+        ({"weight": Payload()}, "cannot be read as a checkpoint"),
+    ],
+    ids=["shape", "missing", "too much", "payload"],
+)
+def test_a_teachers_checkpoint_that_is_not_its_own_is_refused(recipe, tmp_path, monkeypatch, saved, message):
+    monkeypatch.chdir(tmp_path)
+    torch.save(saved, tmp_path / "big.ckpt")
+    found = recipe(TEACHERS.replace("CKPT", "big.ckpt"))
+    with pytest.raises(CompressionError, match=r"(?s)recipe.yaml:2: teachers.big.checkpoint: big.ckpt " + message):
+        found.teachers()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "teacher: {class: 'torch.nn:Identity'}\nteachers: {a: {class: 'torch.nn:Identity'}}",
+            "there is a teacher section",
+        ),
+        ("teachers: {a: 3}", "teachers.a: must be a mapping"),
+        ("teachers: {a: {class: 'torch.nn:Identity', checkpoint: 3}}", "teachers.a.checkpoint: must be text"),
+    ],
+)
+def test_teachers_that_cannot_be_meant_are_refused(recipe, text, message):
+    with pytest.raises(CompressionError, match=message):
+        recipe(text)
+
+
+def test_a_teacher_must_be_a_module(recipe):
+    with pytest.raises(CompressionError, match=r"teacher\.class: Bell is no module"):
+        recipe("teacher: {class: 'recipe_toys:Bell', pitch: 1}").teachers()
 
 
 def test_classes_are_found_beside_the_recipe(recipe, tmp_path):

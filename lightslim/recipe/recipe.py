@@ -1,9 +1,10 @@
 """A recipe: one YAML file that says which strategies compress which model, and when.
 
 Sections ``pruners``, ``distillers`` and ``strategies`` hold named instances, ``name: {class: Name, argument: value}``;
-``model``, ``teacher`` and ``data`` hold one object each, of a ``class: pkg.mod:Name``; ``trainer`` holds arguments for
-Lightning's Trainer; ``compressor`` (of old ``compress_pass``) says what runs and for how long; ``include`` names more
-files. Everything is checked when the file is read; models, data and what the Trainer takes are built when asked for.
+``model``, ``teacher`` and ``data`` hold one object each, of a ``class: pkg.mod:Name``, ``teachers`` several by name (a
+teacher's ``checkpoint`` holds its weights); ``trainer`` holds arguments for Lightning's Trainer; ``compressor`` (of old
+``compress_pass``) says what runs and for how long; ``include`` names more files. Everything is checked when the file is
+read; models, data and what the Trainer takes are built when asked for.
 """
 
 import copy
@@ -14,18 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Trainer
+from torch import nn
 
+from lightslim.errors import CompressionError
+from lightslim.loading import fill, read_checkpoint, restore
 from lightslim.recipe.arguments import bind
 from lightslim.recipe.blueprint import Blueprint, importable, realize
 from lightslim.recipe.drafts import drafted, instance, instances, section
 from lightslim.recipe.hints import fit
+from lightslim.recipe.places import Where
 from lightslim.recipe.schedule import SECTIONS, schedule
 from lightslim.recipe.sources import gather
 from lightslim.recipe.yamlfile import Document
 from lightslim.strategy import CompressionStrategy
+from lightslim.surgery import CHECKPOINT_KEY
 
-_OBJECTS = ("model", "teacher", "data")
-_SECTIONS = ("pruners", "distillers", "strategies", *_OBJECTS, "trainer", *SECTIONS)
+_OBJECTS = ("model", "data")
+_SECTIONS = ("pruners", "distillers", "strategies", *_OBJECTS, "teacher", "teachers", "trainer", *SECTIONS)
 
 # What the trainer section must leave to the compressor section.
 _SAME_SETTING = {"max_epochs": "epoch", "check_val_every_n_epoch": "eval_epoch"}
@@ -42,7 +48,7 @@ class Recipe:
         init_model: checkpoint to start from.
         eval_epoch: evaluate every so many epochs.
         seed: of all random numbers.
-        teacher_checkpoint: weights for the teacher.
+        teacher_checkpoint: weights for the one teacher of the ``teacher`` section.
         unlisted: names of strategies that are defined but not listed to run.
 
     Example:
@@ -60,6 +66,7 @@ class Recipe:
     unlisted: tuple[str, ...] = ()
     _listed: Sequence[Blueprint] = field(default=(), repr=False)
     _objects: Mapping[str, Blueprint] = field(default_factory=dict, repr=False)
+    _teachers: Mapping[str, tuple[Blueprint, str | None]] = field(default_factory=dict, repr=False)
     _trainer: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _tree: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
@@ -79,13 +86,19 @@ class Recipe:
             strategies = _strategies(document)
             settings = schedule(document, strategies)
             listed = settings.pop("strategies")
+            teachers = _teachers(document)
             return cls(
                 path=Path(path),
                 **settings,
-                teacher_checkpoint=_teacher_checkpoint(document),
+                teacher_checkpoint=teachers["teacher"][1] if "teacher" in teachers else None,
                 unlisted=tuple(name for name in strategies if name not in listed),
                 _listed=[strategies[name] for name in listed],
-                _objects={name: _object(document, name) for name in _OBJECTS if document.tree.get(name) is not None},
+                _objects={
+                    name: instance(section(document, name), document.where(name))
+                    for name in _OBJECTS
+                    if document.tree.get(name) is not None
+                },
+                _teachers=teachers,
                 _trainer=_trainer(document, settings),
                 _tree=document.tree,
             )
@@ -100,8 +113,20 @@ class Recipe:
         return self._built(self._objects.get("model"))
 
     def teacher(self) -> Any:
-        """A new teacher, without the weights of ``teacher_checkpoint``; None if the recipe has none."""
-        return self._built(self._objects.get("teacher"))
+        """A new teacher with the weights of ``teacher_checkpoint``; None if the recipe has none.
+
+        Raises:
+            CompressionError: see :meth:`teachers`.
+        """
+        return self.teachers().get("teacher")
+
+    def teachers(self) -> dict[str, Any]:
+        """New teachers by name, each with the weights of its checkpoint; a ``teacher`` section has ``teacher``.
+
+        Raises:
+            CompressionError: a teacher is no module, or its checkpoint is missing, damaged or of another network.
+        """
+        return {name: self._taught(blueprint, path) for name, (blueprint, path) in self._teachers.items()}
 
     def data(self) -> Any:
         """A new data module; None if the recipe has none."""
@@ -115,6 +140,20 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain values, after includes and overrides."""
         return copy.deepcopy(dict(self._tree))
+
+    def _taught(self, blueprint: Blueprint, path: str | None) -> nn.Module:
+        network = self._built(blueprint)
+        if not isinstance(network, nn.Module):
+            raise (blueprint.where / "class").error(f"{type(network).__name__} is no module")
+        try:
+            if path is not None:
+                checkpoint = read_checkpoint(path)
+                weights, record = checkpoint.get("state_dict", checkpoint), checkpoint.get(CHECKPOINT_KEY)
+                # Only what was cut may have other shapes: weights of another width are a mistake
+                restore(network, weights, record, path) if (record or {}).get("cuts") else fill(network, weights, path)
+        except CompressionError as error:
+            raise (blueprint.where / "checkpoint").error(str(error)) from error
+        return network
 
     def _built(self, value: Any) -> Any:
         with importable(Path.cwd(), self.path.parent):
@@ -135,16 +174,21 @@ def _strategies(document: Document) -> dict[str, Blueprint]:
     return strategies
 
 
-def _object(document: Document, name: str) -> Blueprint:
-    arguments = {
-        key: value for key, value in section(document, name).items() if (name, key) != ("teacher", "checkpoint")
-    }
-    return instance(arguments, document.where(name))
+def _teachers(document: Document) -> dict[str, tuple[Blueprint, str | None]]:
+    """Blueprints by name, each with the path of its checkpoint."""
+    one, several = section(document, "teacher"), section(document, "teachers")
+    if one and several:
+        raise document.where("teachers").error("there is a teacher section, too: name all of them here")
+    where = document.where("teachers")
+    if one:
+        return {"teacher": _teacher(one, document.where("teacher"))}
+    return {fit(name, str, where / name): _teacher(content, where / name) for name, content in several.items()}
 
 
-def _teacher_checkpoint(document: Document) -> str | None:
-    checkpoint = section(document, "teacher").get("checkpoint")
-    return fit(checkpoint, str | None, document.where("teacher", "checkpoint"))  # type: ignore[no-any-return]
+def _teacher(content: Any, where: Where) -> tuple[Blueprint, str | None]:
+    arguments = dict(fit(content, dict, where))
+    checkpoint = fit(arguments.pop("checkpoint", None), str | None, where / "checkpoint")
+    return instance(arguments, where), checkpoint
 
 
 def _trainer(document: Document, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,138 @@
+"""What distillation costs: one of its training steps against a float step and the teacher's forward, done by hand.
+
+    python -m experiments.bench.distill_step           # --rounds 3 --pairs mlp
+
+One fit of Lightning's Trainer; each round has one step of every variant, in shuffled order, on one batch. What counts
+is the ratio within a round to ``float + teacher``; its second run is the noise floor.
+"""
+
+import argparse
+import logging
+import random
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from experiments.bench.fake_quant import interval
+from experiments.bench.qat_step import resnet18
+from experiments.models import MobileNetV2
+from lightslim import DistillationStrategy, FSPDistiller, L2Distiller, SoftLabelDistiller
+from lightslim.distill import Distiller
+
+VARIANTS = ("float", "float + teacher", "float + teacher again", "distilled")
+WARM_UP = 3
+Pair = tuple[nn.Module, nn.Module, Tensor, list[Distiller]]
+
+
+def mlp() -> Pair:
+    """784-512-512-10 from one twice as wide, batch 256."""
+    student, teacher = (
+        nn.Sequential(nn.Linear(784, n), nn.ReLU(), nn.Linear(n, n), nn.ReLU(), nn.Linear(n, 10)) for n in (512, 1024)
+    )
+    return student, teacher, torch.randn(256, 784), []
+
+
+def mobilenet_v2() -> Pair:
+    """From ResNet-18, batch 32 of 3 x 32 x 32, with two sections and a map beside the scores."""
+    teacher, x = resnet18()
+    maps = [
+        FSPDistiller([("net.blocks.0", "net.blocks.0.bn3")], [("1", "2")], project=True),
+        L2Distiller("net.blocks.2", "4", project=True),
+    ]
+    return MobileNetV2(3, 10), teacher, x, maps
+
+
+PAIRS: dict[str, Callable[[], Pair]] = {build.__name__: build for build in (mlp, mobilenet_v2)}
+
+
+class Student(pl.LightningModule):
+    """Trains a network; asks ``beside``, too, when told."""
+
+    def __init__(self, net: nn.Module, beside: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.beside = [beside]  # in a list, so that it is no part of the module
+        self.asks = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores."""
+        return self.net(x)
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """The loss, and the teacher's forward without any use for it."""
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        if self.asks:
+            with torch.no_grad():
+                self.beside[0](batch[0])
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with momentum."""
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+
+
+class Rounds(pl.Callback):
+    """Makes each step one of the variants, and times it."""
+
+    def __init__(self, strategy: DistillationStrategy) -> None:
+        self.strategy, self.order = strategy, []
+        self.seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Student, *_: object) -> None:
+        """The strategy has made ready before."""
+        self.order = self.order or random.sample(VARIANTS, len(VARIANTS))
+        self.name = self.order.pop()
+        self.strategy._lesson.live = self.name == "distilled"
+        module.asks = self.name.startswith("float + teacher")
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        """Take the time."""
+        self.seconds[self.name].append(time.perf_counter() - self.start)
+
+
+def measured(pair: Pair, rounds: int) -> dict[str, list[float]]:
+    """Per-round seconds of each variant, over those of ``float + teacher``."""
+    student, teacher, x, maps = pair
+    labels = torch.arange(len(x)) % 10
+    strategy = DistillationStrategy(
+        [SoftLabelDistiller(), *maps], teacher, distiller_optimizer={"optimizer": "SGD", "lr": 1e-3, "momentum": 0.9}
+    )
+    timing = Rounds(strategy)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=(WARM_UP + rounds) * len(VARIANTS), callbacks=[strategy, timing],
+        default_root_dir=tempfile.mkdtemp(), logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Student(student, teacher), DataLoader(TensorDataset(x, labels), batch_size=len(x)))
+    base = timing.seconds["float + teacher"][WARM_UP:]
+    return {name: [one / other for one, other in zip(seconds[WARM_UP:], base, strict=True)]
+            for name, seconds in timing.seconds.items()}  # fmt: skip
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    for name in options.pairs:
+        student, teacher, x, maps = PAIRS[name]()
+        for label, distillers in {"scores": [], **({"scores, map, section": maps} if maps else {})}.items():
+            for variant, values in measured((student, teacher, x, distillers), options.rounds).items():
+                low, high = interval(values)
+                print(f"{name:14s} {label:22s} {variant:24s} {statistics.median(values):5.3f}  [{low:.3f}, {high:.3f}]")
+
+
+if __name__ == "__main__":
+    main()
