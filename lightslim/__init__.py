@@ -5,7 +5,7 @@ from lightslim.errors import CompressionError
 from lightslim.hooks import hookimpl
 from lightslim.loading import load_compressed
 from lightslim.monitor import CompressionMonitor
-from lightslim.prune import StructurePruner, UniformPruneStrategy
+from lightslim.prune import SensitivePruneStrategy, StructurePruner, UniformPruneStrategy
 from lightslim.quantize import QuantizationStrategy
 from lightslim.strategy import CompressionStrategy
 
@@ -15,6 +15,7 @@ __all__ = [
     "CompressionStrategy",
     "Compressor",
     "QuantizationStrategy",
+    "SensitivePruneStrategy",
     "StructurePruner",
     "UniformPruneStrategy",
     "hookimpl",

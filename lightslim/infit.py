@@ -125,11 +125,11 @@ def evaluate(
 def visit(
     trainer: Trainer, module: LightningModule, loaders: Sequence[Sequence[Any]], call: Callable[..., Any]
 ) -> None:
-    """Let ``call`` have every step of a validation over ``loaders``, and end before the epoch does: nothing is logged."""
+    """Let ``call`` have every step of a validation over ``loaders``; end before the epoch does, and log nothing."""
     steps = _batches(trainer, module, list(loaders), [math.inf] * len(loaders), call)
     with untouched(module), torch.no_grad(), contextlib.closing(steps):
         module.eval()
-        for _ in zip(range(sum(map(len, loaders))), steps):  # noqa: B905: the end of the epoch stays undone
+        for _ in itertools.islice(steps, sum(map(len, loaders))):  # what would come next is the end of the epoch
             pass
 
 

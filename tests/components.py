@@ -6,11 +6,21 @@ A strategy's row makes a fresh one that acts at epoch 1; a new component without
 from collections.abc import Callable
 from typing import Any
 
-from lightslim import QuantizationStrategy, StructurePruner, UniformPruneStrategy, export, quantize
+from lightslim import (
+    QuantizationStrategy,
+    SensitivePruneStrategy,
+    StructurePruner,
+    UniformPruneStrategy,
+    export,
+    quantize,
+)
 from lightslim.prune import l1_norm
 
 ROWS: dict[tuple[str, str], Callable[[], Any]] = {
     ("strategy", "UniformPruneStrategy"): lambda: UniformPruneStrategy(target_ratio=0.5, start_epoch=1),
+    ("strategy", "SensitivePruneStrategy"): lambda: SensitivePruneStrategy(
+        target_ratio=0.5, start_epoch=1, metric_name="val_acc"
+    ),
     ("pruner", "StructurePruner"): lambda: StructurePruner({"*": 0}, {"*": "l1_norm"}),
     ("criterion", "l1_norm"): lambda: l1_norm,
     ("strategy", "QuantizationStrategy"): lambda: QuantizationStrategy(

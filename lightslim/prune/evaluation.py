@@ -1,7 +1,7 @@
 """One number for a model: the same evaluation under every mask, and what comes before the mask is computed once."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightslim.infit import evaluate, visit
 from lightslim.prune.neutral import zeroed
-from lightslim.prune.replay import NOTHING, Diverged, FastForward, FirstReads, Prefix, Stop
+from lightslim.prune.prefix import NOTHING, Prefix
+from lightslim.prune.replay import Diverged, FastForward, FirstReads, Stop
 from lightslim.prune.samples import Copies, Room, Samples
 from lightslim.prune.sources import Lasting
 from lightslim.steps import call_step
@@ -59,10 +60,10 @@ class Evaluation:
                 self._give_up("a step began in another way than before")
             return self.metrics()
 
-    def order(self, masks: Sequence[Sequence[Tensor]]) -> list[int]:
-        """The positions of ``masks`` by when a step first reads one of their weights."""
+    def order(self, masks: Mapping[str, Sequence[Tensor]]) -> list[str]:
+        """The names of ``masks`` by when a step first reads one of their weights."""
         if not self.replaying:
-            return list(range(len(masks)))
+            return list(masks)
         first = FirstReads()
 
         def watch(*step: Any) -> None:
@@ -72,8 +73,8 @@ class Evaluation:
         visit(self.trainer, self.module, self._one_batch(), watch)
         if self.trainer.strategy.reduce_boolean_decision(first.collective, all=False):
             self._give_up("its validation step talks to other processes")
-        at = [min(first.at.get(one, len(first.at)) for one in _addresses(tensors)) for tensors in masks]
-        return sorted(range(len(masks)), key=at.__getitem__)
+        end = first.count + 1
+        return sorted(masks, key=lambda name: min((first.at.get(a, end) for a in _addresses(masks[name])), default=end))
 
     def check(self, weights: Sequence[Tensor], cut: Cut) -> None:
         """Compare one batch with the plain loop, while ``cut``, which touches ``weights``, is masked.
@@ -114,17 +115,15 @@ class Evaluation:
 
         visit(self.trainer, self.module, loaders, note)
 
-    def _replay(
-        self, step: Any, batch: Any, batch_index: int, loader_index: int, poisoned: bool = False
-    ) -> Any:
+    def _replay(self, step: Any, batch: Any, batch_index: int, loader_index: int, poisoned: bool = False) -> Any:
         prefix = self._prefixes.get((loader_index, batch_index))
         if prefix is None:
             return call_step(step, batch, batch_index, loader_index)
         with FastForward(prefix, self._lasting, poisoned=poisoned).running():
             return call_step(step, batch, batch_index, loader_index)
 
-    def _poisoned(self, *step: Any) -> Any:
-        return self._replay(*step, poisoned=True)
+    def _poisoned(self, step: Any, batch: Any, batch_index: int, loader_index: int) -> Any:
+        return self._replay(step, batch, batch_index, loader_index, poisoned=True)
 
     def _one_batch(self) -> list[Sequence[Any]]:
         """Loaders of which the first that has any has one batch."""

@@ -58,6 +58,7 @@ class StructurePruner:
         return groups
 
     def ranks(self, slot: Slot) -> bool:
+        """Whether a slot lies along the pruning axis of its parameter."""
         return lookup(self.pruning_axis, slot.tensor) == slot.dim
 
     def importance(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:

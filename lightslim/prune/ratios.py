@@ -35,6 +35,11 @@ class Curve:
     most: float = 1.0
 
     @property
+    def highest(self) -> float:
+        """The largest share that may go: no more than was measured and is allowed."""
+        return min(max(self.shares, default=0.0), self.most)
+
+    @property
     def points(self) -> list[tuple[float, float]]:
         """(share, loss), from (0, 0) on; neither ever falls."""
         worst = math.inf
@@ -49,14 +54,14 @@ class Curve:
         return self.points[-1][1]
 
     def share(self, level: float) -> float:
-        """The largest share whose loss is ``level`` or less, no more than was measured and is allowed; 0 below 0."""
+        """The largest share whose loss is ``level`` or less, at most :attr:`highest`; 0 below 0."""
         found = 0.0
         for (x0, y0), (x1, y1) in itertools.pairwise(self.points):
             if level >= y1:
                 found = x1
             elif level >= y0:
                 found = x0 + (x1 - x0) * (level - y0) / (y1 - y0)
-        return min(found, self.most)
+        return min(found, self.highest)
 
 
 def common_level(
@@ -113,7 +118,7 @@ def step_target(target: float, num_steps: int) -> float:
         >>> round(step_target(0.5, 2), 4), step_target(0.5, 1)
         (0.2929, 0.5)
     """
-    return 1 - (1 - target) ** (1 / num_steps)
+    return float(1 - (1 - target) ** (1 / num_steps))
 
 
 def measured_ratios(delta_rate: float) -> tuple[float, ...]:

@@ -8,22 +8,21 @@ empty tensor; after the last, the living ones get their content, copied, so that
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightslim.prune.prefix import VIEW, WRITE, Blank, Call, Prefix, kind_of, plain
 from lightslim.prune.sources import Lasting, Passing, Source
 
 # What reads a tensor's memory without a tensor operation.
 _READERS = frozenset({"numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__array__", "__dlpack__",
                       "__deepcopy__", "__reduce_ex__"})  # fmt: skip
-_VIEW, _WRITE, _NEW = "view", "write", "new"
 
 
 class Stop(BaseException):
@@ -32,61 +31,6 @@ class Stop(BaseException):
 
 class Diverged(BaseException):
     """A step did not begin as it had begun when it was noted."""
-
-
-@dataclass(frozen=True)
-class Blank:
-    """How to make an empty tensor."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def make(self, poisoned: bool) -> Tensor:
-        """The tensor; full of NaN (or of the largest number) if ``poisoned``."""
-        tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        if poisoned:
-            tensor.fill_(_worst(self.dtype))
-        return tensor
-
-
-@dataclass(frozen=True)
-class Call:
-    """One operation: what it was given and how to answer it without computing."""
-
-    func: Any
-    given: tuple[Any, ...]
-    kind: str
-    answer: tuple[Any, ...]  # by leaf: a Blank, the position of the argument that is returned, or a plain value
-    form: Any
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The beginning of one step.
-
-    Attributes:
-        calls: its operations.
-        sources: the tensors that it did not make itself, in the order in which they came; None for a view of one.
-        contents: the memory that is alive at its end, by number.
-    """
-
-    calls: tuple[Call, ...]
-    sources: tuple[Source | None, ...]
-    contents: Mapping[int, torch.UntypedStorage]
-
-    @property
-    def bytes(self) -> int:
-        """The memory that it holds."""
-        return sum(s.nbytes() for s in self.contents.values()) + sum(s.bytes for s in self.sources if s)
-
-    def reads(self, storages: set[int]) -> bool:
-        """Whether it reads one of these storages."""
-        return any(isinstance(source, Lasting) and source.storage in storages for source in self.sources)
-
-
-NOTHING = Prefix((), (), {})
 
 
 class FastForward(TorchDispatchMode):
@@ -156,9 +100,9 @@ class FastForward(TorchDispatchMode):
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         call = self.prefix.calls[self._position]
         leaves = pytree.tree_leaves((args, kwargs))
-        if func is not call.func or not all(map(_plain, leaves)) or call.given != self._labels(leaves):
+        if func is not call.func or not all(map(plain, leaves)) or call.given != self._labels(leaves):
             self._diverge()
-        if call.kind == _VIEW:
+        if call.kind == VIEW:
             out = func(*args, **kwargs)
             self._adopt(out)
         else:
@@ -171,7 +115,7 @@ class FastForward(TorchDispatchMode):
         return out
 
     def _leaf(self, call: Call, item: Any, leaves: list[Any]) -> Any:
-        if call.kind == _WRITE:
+        if call.kind == WRITE:
             return leaves[item]
         if not isinstance(item, Blank):
             return item
@@ -220,9 +164,9 @@ class FastForward(TorchDispatchMode):
 
     def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
         leaves = pytree.tree_leaves((args, kwargs))
-        if not all(map(_plain, leaves)) or self._ends_here(func, args, leaves):
+        if not all(map(plain, leaves)) or self._ends_here(func, args, leaves):
             self._stop()
-        kind, given = _kind(func), self._labels(leaves)
+        kind, given = kind_of(func), self._labels(leaves)
         out = func(*args, **kwargs)
         outs, form = pytree.tree_flatten(out)
         answer = self._answerable(kind, outs, leaves) if given == self._labels(leaves) else None
@@ -230,32 +174,32 @@ class FastForward(TorchDispatchMode):
             self._stopped = True
             raise Stop
         self.calls.append(Call(func, given, kind, answer, form))
-        if kind == _VIEW:
+        if kind == VIEW:
             self._adopt(out)
         return out
 
     def _ends_here(self, func: Any, args: Any, leaves: Iterable[Any]) -> bool:
         """Whether the operation reads a masked weight, or leaves other traces than its result."""
         storages = [leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)]
-        odd = {torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view} & set(func.tags)
+        named = list(zip(func._schema.arguments, args, strict=False))
         return bool(
             func.namespace != "aten"
-            or odd
+            or {torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view} & set(func.tags)
             or not (self.until or set()).isdisjoint(storages)
-            or any(a.name in ("train", "training") and value is True for a, value in zip(func._schema.arguments, args))
-            or (_kind(func) == _WRITE and not self._writes_own(func, args, leaves))
+            or any(argument.name in ("train", "training") and value is True for argument, value in named)
+            or (kind_of(func) == WRITE and not self._writes_own(named, leaves))
         )
 
-    def _writes_own(self, func: Any, args: Any, leaves: Iterable[Any]) -> bool:
-        written = [value for a, value in zip(func._schema.arguments, args) if a.alias_info and a.alias_info.is_write]
-        # An argument given by name could be any of them
-        tensors = [t for t in pytree.tree_leaves(written or list(leaves)) if isinstance(t, Tensor)]
+    def _writes_own(self, named: Iterable[tuple[Any, Any]], leaves: Iterable[Any]) -> bool:
+        """Whether only tensors that the step has made itself are written; those given by name could be any."""
+        written = [value for argument, value in named if argument.alias_info and argument.alias_info.is_write]
+        tensors = [leaf for leaf in pytree.tree_leaves(written or list(leaves)) if isinstance(leaf, Tensor)]
         return all(tensor.untyped_storage()._cdata in self._numbers for tensor in tensors)
 
     def _answerable(self, kind: str, outs: list[Any], leaves: list[Any]) -> tuple[Any, ...] | None:
-        if kind == _VIEW:
+        if kind == VIEW:
             return ()
-        if kind == _WRITE:
+        if kind == WRITE:
             found = [next((i for i, leaf in enumerate(leaves) if leaf is out), None) for out in outs]
             return None if None in found else tuple(found)
         storages = [out.untyped_storage()._cdata for out in outs if isinstance(out, Tensor)]
@@ -266,7 +210,7 @@ class FastForward(TorchDispatchMode):
     def _is_new(self, out: Any) -> bool:
         if not isinstance(out, Tensor):
             return True
-        if not _plain(out) or out.storage_offset():
+        if not plain(out) or out.storage_offset():
             return False
         storage, known = out.untyped_storage(), {t.untyped_storage()._cdata for _, t in self._given.values()}
         extent = 1 + sum((size - 1) * step for size, step in zip(out.shape, out.stride(), strict=True))
@@ -312,33 +256,12 @@ class FirstReads(TorchDispatchMode):
         super().__init__()
         self.at: dict[int, int] = {}
         self.collective = False
-        self._count = 0
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._count += 1
+        self.count += 1
         self.collective |= "c10d" in func.namespace
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
-                self.at.setdefault(leaf.untyped_storage()._cdata, self._count)
+                self.at.setdefault(leaf.untyped_storage()._cdata, self.count)
         return func(*args, **(kwargs or {}))
-
-
-def _kind(func: Any) -> str:
-    schema = func._schema
-    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments):
-        return _WRITE
-    return _VIEW if any(returned.alias_info is not None for returned in schema.returns) else _NEW
-
-
-def _plain(leaf: Any) -> bool:
-    """Whether a leaf of the arguments is no tensor, or one of strided memory and nothing else."""
-    if not isinstance(leaf, Tensor):
-        return True
-    usual = type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided and leaf.device.type != "meta"
-    return usual and not (leaf.is_conj() or leaf.is_neg() or leaf.is_quantized)
-
-
-def _worst(dtype: torch.dtype) -> Any:
-    if dtype.is_floating_point or dtype.is_complex:
-        return float("nan")
-    return True if dtype is torch.bool else torch.iinfo(dtype).max

@@ -91,7 +91,9 @@ def _fault(content: Any) -> str | None:
         return "it does not say what was measured"
     if not isinstance(content.get("baseline"), (float, type(None))):
         return f"its baseline is {content['baseline']!r}"
-    return next((f"{name} is damaged" for name, curve in content["sensitivities"].items() if not _is_curve(curve)), None)
+    return next(
+        (f"{name} is damaged" for name, curve in content["sensitivities"].items() if not _is_curve(curve)), None
+    )
 
 
 def _is_curve(curve: Any) -> bool:

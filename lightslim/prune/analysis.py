@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -22,6 +22,7 @@ from lightslim.strategy import check_metric
 from lightslim.surgery import Cut, plan
 
 GIB = 2**30
+T = TypeVar("T")
 MODES = ("max", "min")
 
 
@@ -143,14 +144,19 @@ class Analysis:
                 check_metric(self.measure.metric_name, metrics)
                 points.baseline = metrics[self.measure.metric_name]
                 points.save()
-            missing = {name: self._missing(points, name) for name in self.groups}
+            sizes = self._agreed({name: group.size for name, group in self.groups.items()})
+            missing = {name: self._missing(points, name) for name in sizes}
             total = sum(map(len, missing.values()))
             shown = progress and self.trainer.is_global_zero and total
             with tqdm(total=total, desc="sensitivity", unit="point", disable=not shown, leave=False) as bar:
                 for name, ratio, value in self._values({n: ratios for n, ratios in missing.items() if ratios}):
-                    points.add(name, self.groups[name].size, ratio, self.measure.loss(points.baseline, value))
+                    points.add(name, sizes[name], ratio, self.measure.loss(points.baseline, value))
                     bar.update()
-        return {name: points.sensitivities[name] for name in self.groups}, points.baseline
+        return {name: points.sensitivities[name] for name in sizes}, points.baseline
+
+    def _agreed(self, value: T) -> T:
+        """Rank 0's value: what is masked, and when, must be the same in all processes."""
+        return self.trainer.strategy.broadcast(value)
 
     def _points(self, path: Path | None) -> SensitivityFile:
         """What is known already; all processes know, or fail, alike."""
@@ -161,10 +167,9 @@ class Analysis:
                 points = SensitivityFile(path, fingerprint)
             except CompressionError as found:
                 error = str(found)
-        known = self.trainer.strategy.broadcast((error, points.baseline, points.sensitivities))
-        if known[0]:
-            raise CompressionError(known[0])
-        points.baseline, points.sensitivities = known[1:]
+        error, points.baseline, points.sensitivities = self._agreed((error, points.baseline, points.sensitivities))
+        if error:
+            raise CompressionError(error)
         return points
 
     def _missing(self, points: SensitivityFile, name: str) -> tuple[float, ...]:
@@ -173,29 +178,31 @@ class Analysis:
 
     def _values(self, missing: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, float, float]]:
         """The metric at each missing point; groups come in the order in which a step reads their weights."""
-        names = list(missing)
-        weights = [self._weights(self.groups[name]) for name in names]
-        order = self.evaluation.order(weights)
+        weights = {name: self._weights(self._cuts(name, missing[name][-1:])[0]) for name in missing}
+        order = self._agreed(self.evaluation.order(weights))
         if order:
-            last = order[-1]
-            self.evaluation.check(weights[last], self._cut(self.groups[names[last]], self.measure.ratios[0]))
-        for at in order:
-            self.evaluation.prepare(weights[at])
-            known: dict[tuple[Any, ...], float] = {}
-            for ratio in missing[names[at]]:
-                cut = self._cut(self.groups[names[at]], ratio)
-                if cut.slices not in known:  # of few units two shares may be the same
-                    known[cut.slices] = self.evaluation.masked(cut)[self.measure.metric_name]
-                yield names[at], ratio, known[cut.slices]
+            self.evaluation.check(weights[order[-1]], self._cuts(order[-1], missing[order[-1]][-1:])[0])
+        for name in order:
+            self.evaluation.prepare(weights[name])
+            known: dict[Cut, float] = {}
+            for ratio, cut in zip(missing[name], self._cuts(name, missing[name]), strict=True):
+                if cut not in known:  # of few units two shares may be the same
+                    known[cut] = self.evaluation.masked(cut)[self.measure.metric_name]
+                yield name, ratio, known[cut]
 
-    def _weights(self, group: Group) -> list[Tensor]:
+    def _weights(self, cut: Cut) -> list[Tensor]:
         parameters = dict(self.module.named_parameters())
-        return [parameters[slot.tensor] for slot in group.slots if slot.tensor in parameters]
+        return [parameters[item.tensor] for item in cut.slices if item.tensor in parameters]
 
-    def _cut(self, group: Group, ratio: float) -> Cut:
-        scores = self.pruner.importance(group, dict(self.module.named_parameters()))
-        kept = self.pruner.keep(scores, group.size - masked_units(group.size, ratio))
-        return plan(self.module, self.graph, {group.axis: kept})
+    def _cuts(self, name: str, ratios: Sequence[float]) -> list[Cut]:
+        """What to mask of a group, by ratio."""
+        cuts = []
+        if self.trainer.is_global_zero:
+            group = self.groups[name]
+            scores = self.pruner.importance(group, dict(self.module.named_parameters()))
+            kept = [self.pruner.keep(scores, group.size - masked_units(group.size, ratio)) for ratio in ratios]
+            cuts = [Cut(plan(self.module, self.graph, {group.axis: mask}).slices) for mask in kept]
+        return [Cut.from_state(state) for state in self._agreed([cut.to_state() for cut in cuts])]
 
 
 def static_fingerprint(measure: Measure, pruner: StructurePruner) -> dict[str, Any]:
@@ -244,7 +251,7 @@ def sensitivity(
         progress: show a bar with the remaining time.
 
     Returns:
-        ``{parameter: {"pruned_percent": [...], "loss": [...], "size": units}}``; a loss is how much worse the metric is.
+        ``{parameter: {"pruned_percent": [...], "loss": [...], "size": units}}``; loss is how much worse the metric is.
 
     Raises:
         CompressionError: bad arguments, a pattern that fits nothing, a metric that is not logged, a file that was made
