@@ -1,4 +1,4 @@
-"""Curves of sensitivity: equal to masking by hand, however they are computed; what one batch repeats is computed once."""
+"""Curves of sensitivity: equal to masking by hand, however they are computed."""
 
 import copy
 import json

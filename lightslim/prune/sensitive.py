@@ -196,7 +196,7 @@ class SensitivePruneStrategy(CompressionStrategy):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         value = trainer.callback_metrics.get(self.metric_name or "")
-        if self._begun and not trainer.sanity_checking and trainer.training and value is not None:
+        if self._begun and not trainer.sanity_checking and trainer.state.fn == "fit" and value is not None:
             self._since.append(float(value))
 
     @override
