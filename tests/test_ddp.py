@@ -52,10 +52,11 @@ open(f"{sys.argv[2]}/{trainer.global_rank}.json", "w").write(json.dumps(record))
 def test_two_processes_cut_the_same_units_and_stay_equal(tmp_path, kind, options):
     script = tmp_path / "fit.py"
     script.write_text(SCRIPT)
-    here = str(Path(__file__).parent)
+    here = Path(__file__).parent
     run = subprocess.run(
         [sys.executable, str(script), json.dumps(options), str(tmp_path), kind],
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{here}:{Path(here).parent}", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1",
+             "HOME": str(tmp_path)},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]

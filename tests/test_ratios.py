@@ -93,7 +93,7 @@ def test_equal_steps_make_the_whole(steps):
 def test_ratios_measured_ascend_in_equal_steps_below_one(rate):
     found = measured_ratios(rate)
     assert found[0] == rate
-    assert all(0.005 < b - a for a, b in itertools.pairwise(found))
+    assert all(b - a > 0.005 for a, b in itertools.pairwise(found))
     assert 1 - rate - 0.01 <= found[-1] < 1
 
 

@@ -1,4 +1,4 @@
-"""Sensitive pruning inside a running fit: it hits its target, the run does not notice the analysis, a kill costs a point."""
+"""Sensitive pruning inside a running fit: it hits its target, and a kill costs no more than a point."""
 
 import json
 import subprocess

@@ -3,7 +3,8 @@
 A step is any Python, so nothing is known about its layers. What is seen are the tensor operations: up to the first one
 that reads a masked weight they are the same under every mask. Those of one batch are noted once, with the content of
 every tensor that is still alive where they end. From then on each is checked against the note and answered with an
-empty tensor; after the last, the living ones get their content, copied, so that operations in place harm nothing.
+empty tensor. A living one gets its content when something reads it after that, copied, so that operations in place harm
+nothing.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ class FastForward(TorchDispatchMode):
         self._numbers: dict[int, int] = {}
         self._made: list[StorageWeakRef] = []
         self._given: dict[int, tuple[int, Tensor]] = {}
-        self._waiting: dict[int, torch.UntypedStorage] = {}
+        self._waiting: dict[int, int] = {}
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -72,14 +73,19 @@ class FastForward(TorchDispatchMode):
             yield
         if self.diverged or self._position < len(self.prefix.calls):
             raise Diverged
+        self._fill_all()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._stopped:  # somebody held the exception up
             raise Stop
+        if self._busy:
+            return func(*args, **(kwargs or {}))
         kwargs, self._busy = kwargs or {}, True
         try:
             if self._position < len(self.prefix.calls):
                 return self._answer(func, args, kwargs)
+            if self._waiting:
+                self._fill(pytree.tree_leaves((args, kwargs)))
             return func(*args, **kwargs) if self.until is None else self._note(func, args, kwargs)
         finally:
             self._busy = False
@@ -88,10 +94,31 @@ class FastForward(TorchDispatchMode):
         """The memory of some tensor is about to be read."""
         if self._busy:  # by ourselves
             return
-        if self._position < len(self.prefix.calls):
-            self._diverge()
-        if self.until is not None:
-            self._stop()
+        self._busy = True
+        try:
+            if self._position < len(self.prefix.calls):
+                self._diverge()
+            self._fill_all()
+            if self.until is not None:
+                self._stop()
+        finally:
+            self._busy = False
+
+    def _fill(self, leaves: Iterable[Any]) -> None:
+        """Give the tensors among ``leaves`` the content that they had at the end of the prefix."""
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                storage = leaf.untyped_storage()
+                number = self._waiting.pop(storage._cdata, None)
+                if number is not None:
+                    storage.copy_(self.prefix.contents[number])
+
+    def _fill_all(self) -> None:
+        for number in self._waiting.values():
+            storage = torch.UntypedStorage._new_with_weak_ptr(self._made[number].cdata)
+            if storage is not None:
+                storage.copy_(self.prefix.contents[number])
+        self._waiting.clear()
 
     def _diverge(self) -> None:
         self.diverged = True
@@ -108,10 +135,6 @@ class FastForward(TorchDispatchMode):
         else:
             out = pytree.tree_unflatten([self._leaf(call, item, leaves) for item in call.answer], call.form)
         self._position += 1
-        if self._position == len(self.prefix.calls):
-            for number, storage in self._waiting.items():
-                storage.copy_(self.prefix.contents[number])
-            self._waiting.clear()
         return out
 
     def _leaf(self, call: Call, item: Any, leaves: list[Any]) -> Any:
@@ -122,7 +145,7 @@ class FastForward(TorchDispatchMode):
         tensor = item.make(self.poisoned)
         number = self._number(tensor)
         if number in self.prefix.contents:
-            self._waiting[number] = tensor.untyped_storage()
+            self._waiting[tensor.untyped_storage()._cdata] = number
         return tensor
 
     def _number(self, tensor: Tensor) -> int:
@@ -225,6 +248,7 @@ class FastForward(TorchDispatchMode):
 
     def _stop(self) -> None:
         self._stopped = True
+        self._fill_all()
         alive = {n: torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for n, ref in enumerate(self._made)}
         contents = {number: storage for number, storage in alive.items() if storage is not None}
         self.noted = Prefix(tuple(self.calls), tuple(self.sources), contents)
