@@ -61,6 +61,7 @@ class FastForward(TorchDispatchMode):
         self.diverged = False
         self._position = 0
         self._busy = self._stopped = False
+        self._active = contextlib.ExitStack()
         self._numbers: dict[int, int] = {}
         self._made: list[StorageWeakRef] = []
         self._given: dict[int, tuple[int, Tensor]] = {}
@@ -69,7 +70,8 @@ class FastForward(TorchDispatchMode):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Run what is inside; raises :class:`Diverged` when it is not the step that was noted."""
-        with _Readers(self), self:
+        with _Readers(self), contextlib.ExitStack() as self._active:
+            self._active.enter_context(self)
             yield
         if self.diverged or self._position < len(self.prefix.calls):
             raise Diverged
@@ -103,6 +105,12 @@ class FastForward(TorchDispatchMode):
                 self._stop()
         finally:
             self._busy = False
+
+    def leave(self) -> None:
+        """Watch no longer, once there is nothing more to answer or to note: each operation watched takes its time."""
+        if not self._busy and self.until is None and self._position == len(self.prefix.calls):
+            self._active.close()
+            self._fill_all()
 
     def _fill(self, leaves: Iterable[Any]) -> None:
         """Give the tensors among ``leaves`` the content that they had at the end of the prefix."""
@@ -270,6 +278,7 @@ class _Readers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _READERS:
             self.step.read()
+        self.step.leave()
         return func(*args, **(kwargs or {}))
 
 
