@@ -1,6 +1,6 @@
 """The beginning of a step as it was noted: its operations, and how to answer them without computing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,19 @@ def kind_of(func: Any) -> str:
     if any(argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments):
         return WRITE
     return VIEW if any(returned.alias_info is not None for returned in schema.returns) else NEW
+
+
+def leaves_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments of an operation with the items of lists, which hold no further lists, among them.
+
+    Example:
+        >>> leaves_of((1, [2, 3]), {"dim": 4})
+        [1, 2, 3, 4]
+    """
+    found: list[Any] = []
+    for value in (*args, *kwargs.values()):
+        found.extend(value) if isinstance(value, (list, tuple)) else found.append(value)
+    return found
 
 
 def plain(leaf: Any) -> bool:

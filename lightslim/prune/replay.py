@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightslim.prune.prefix import VIEW, WRITE, Blank, Call, Prefix, kind_of, plain
+from lightslim.prune.prefix import VIEW, WRITE, Blank, Call, Prefix, kind_of, leaves_of, plain
 from lightslim.prune.sources import Lasting, Passing, Source
 
 # What reads a tensor's memory without a tensor operation.
@@ -87,7 +87,7 @@ class FastForward(TorchDispatchMode):
             if self._position < len(self.prefix.calls):
                 return self._answer(func, args, kwargs)
             if self._waiting:
-                self._fill(pytree.tree_leaves((args, kwargs)))
+                self._fill(leaves_of(args, kwargs))
             return func(*args, **kwargs) if self.until is None else self._note(func, args, kwargs)
         finally:
             self._busy = False
@@ -134,8 +134,8 @@ class FastForward(TorchDispatchMode):
 
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         call = self.prefix.calls[self._position]
-        leaves = pytree.tree_leaves((args, kwargs))
-        if func is not call.func or not all(map(plain, leaves)) or call.given != self._labels(leaves):
+        leaves = leaves_of(args, kwargs)
+        if func is not call.func or call.given != self._labels(leaves):
             self._diverge()
         if call.kind == VIEW:
             out = func(*args, **kwargs)
@@ -167,9 +167,19 @@ class FastForward(TorchDispatchMode):
 
     def _label(self, tensor: Tensor) -> tuple[Any, ...]:
         """What a tensor is in this step: where its memory came from and how it lies in it."""
+        if tensor.layout is not torch.strided:
+            self._diverge()
         number = self._numbers.get(tensor.untyped_storage()._cdata)
         origin = self._source(tensor) if number is None else number
-        return number is None, origin, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+        return (
+            type(tensor),
+            number is None,
+            origin,
+            tensor.shape,
+            tensor.stride(),
+            tensor.storage_offset(),
+            tensor.dtype,
+        )
 
     def _source(self, tensor: Tensor) -> int:
         if id(tensor) not in self._given:
@@ -194,7 +204,7 @@ class FastForward(TorchDispatchMode):
                 self._give(view, None)
 
     def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs))
+        leaves = leaves_of(args, kwargs)
         if not all(map(plain, leaves)) or self._ends_here(func, args, leaves):
             self._stop()
         kind, given = kind_of(func), self._labels(leaves)
