@@ -6,7 +6,7 @@ from lightslim.errors import CompressionError
 from lightslim.hooks import hookimpl
 from lightslim.loading import load_compressed
 from lightslim.monitor import CompressionMonitor
-from lightslim.prune import StructurePruner, UniformPruneStrategy
+from lightslim.prune import SensitivePruneStrategy, StructurePruner, UniformPruneStrategy
 from lightslim.quantize import QuantizationStrategy
 from lightslim.strategy import CompressionStrategy
 
@@ -19,6 +19,7 @@ __all__ = [
     "FSPDistiller",
     "L2Distiller",
     "QuantizationStrategy",
+    "SensitivePruneStrategy",
     "SoftLabelDistiller",
     "StructurePruner",
     "UniformPruneStrategy",

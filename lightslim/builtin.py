@@ -9,6 +9,7 @@ from lightslim.registry import Registry
 def lightslim_register(registry: Registry) -> None:
     """Add the built-in components."""
     registry.add("strategy", prune.UniformPruneStrategy)
+    registry.add("strategy", prune.SensitivePruneStrategy)
     registry.add("pruner", prune.StructurePruner)
     registry.add("criterion", prune.l1_norm)
     registry.add("strategy", quantize.QuantizationStrategy)

@@ -15,7 +15,7 @@ from lightslim.recipe import Recipe
 from lightslim.recipe.sources import settings_of
 from lightslim.registry import registry
 from lightslim.rundir import read_result, recipe_of
-from lightslim.show import comparison, exports_table, inspection, number, result_table
+from lightslim.show import comparison, exports_table, inspection, number, result_table, sensitivity_table
 from lightslim.tables import table
 
 
@@ -46,6 +46,13 @@ def _parser() -> argparse.ArgumentParser:
         if name == "run":
             sub.add_argument("--resume", metavar="CKPT|auto", help="continue from a checkpoint of this run")
             sub.add_argument("--out", metavar="DIR", help="the run directory (default: runs/<recipe>)")
+    sensitivity = commands.add_parser("sensitivity", help="measure what each layer can spare, and train nothing")
+    sensitivity.add_argument("recipe", metavar="RECIPE", help="its SensitivePruneStrategy says what to measure")
+    sensitivity.add_argument("--out", required=True, metavar="FILE", help="JSON; one that is there is continued")
+    sensitivity.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="as compressor.init_model=CKPT"
+    )
+    sensitivity.set_defaults(command=_sensitivity)
     plugins = commands.add_parser("plugins", help="list the components at hand and the packages that bring them")
     plugins.set_defaults(command=_plugins)
     inspect = commands.add_parser("inspect", help="say what a checkpoint has been through")
@@ -81,6 +88,12 @@ def _check(options: argparse.Namespace) -> None:
     compressor = Compressor.from_recipe(Recipe.from_yaml(options.recipe, options.set))
     for name, text in compressor.check().items():
         print(f"{name}: {text}")
+
+
+def _sensitivity(options: argparse.Namespace) -> None:
+    compressor = Compressor.from_recipe(Recipe.from_yaml(options.recipe, options.set))
+    print(sensitivity_table(compressor.sensitivity(options.out, progress=sys.stderr.isatty())))
+    print(f"everything is in {options.out}")
 
 
 def _plugins(options: argparse.Namespace) -> None:

@@ -17,16 +17,16 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch.optim import Optimizer
 
-from lightslim import deploy, rundir
+from lightslim import rundir
 from lightslim.errors import CompressionError
-from lightslim.infit import logged_names, probe_of
 from lightslim.loading import read_checkpoint, restore
 from lightslim.measure import Measurement
 from lightslim.monitor import CompressionMonitor
 from lightslim.recipe import Recipe
 from lightslim.registry import registry
+from lightslim.rehearsal import Fetches, Rehearsal, Rehearsed, Writing
 from lightslim.steps import replaced
-from lightslim.strategy import CompressionStrategy, check_metric
+from lightslim.strategy import CompressionStrategy
 from lightslim.surgery import CHECKPOINT_KEY
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -192,13 +192,43 @@ class Compressor:
             CompressionError: whatever :meth:`run` would raise.
         """
         strategies = self._recipe.strategies()
+        note = "(as if it came first) " if len(strategies) > 1 else ""
+        return self._before_training(strategies, lambda one, *fit: note + one.rehearse(*fit))
+
+    def sensitivity(self, path: str | PathLike[str], progress: bool = True) -> dict[str, Any]:
+        """Measure how sensitive the layers are that the recipe's sensitive pruning would cut; train nothing.
+
+        Args:
+            path: a JSON file, written after every point; what it holds of this model and data is not measured again.
+            progress: show a bar with the remaining time.
+
+        Returns:
+            ``{parameter: {"pruned_percent": [...], "loss": [...], "size": units}}``.
+
+        Raises:
+            CompressionError: the recipe lists no or several strategies with an analysis, the file is of something else,
+                or whatever :meth:`run` would raise.
+        """
+        strategies = self._recipe.strategies()
+        found = [one for one in strategies if hasattr(one, "analyse")]
+        if len(found) != 1:
+            raise CompressionError(
+                f"{self._recipe.path}: compressor.strategies lists {len(found)} strategies that measure sensitivities, "
+                "such as SensitivePruneStrategy; list one"
+            )
+        target = Path(path).absolute()
+        measured = self._before_training(found, lambda one, *fit: one.analyse(*fit, target, progress))
+        return dict(next(iter(measured.values()))[0])
+
+    def _before_training(self, strategies: Sequence[CompressionStrategy], act: Callable[..., Any]) -> dict[str, Any]:
+        """Go up to the first training step, and let ``act`` have each strategy, the Trainer and the module there."""
         self._check_teachers(strategies)
         self._init_model(self._recipe.init_model)
-        rehearsal = _Rehearsal(strategies)
+        rehearsal = Rehearsal(strategies, act)
         trainer = _new_trainer({**self._arguments(), **_QUIET, "callbacks": [*strategies, rehearsal]})
-        with contextlib.suppress(_Rehearsed):
+        with contextlib.suppress(Rehearsed):
             self._fit(trainer, None)
-        return rehearsal.texts
+        return rehearsal.results
 
     def export(
         self, checkpoint: str | PathLike[str], format_: str, path: str | PathLike[str], **options: Any
@@ -215,14 +245,14 @@ class Compressor:
         exporter = registry().get("exporter", format_)
         exporter.check_available()
         exporter.check_options(options)
-        writing = _Writing(format_, Path(path).absolute(), options)
+        writing = Writing(format_, Path(path).absolute(), options)
         # torch's exporters do not take the tensors of inference mode
         arguments = {**self._arguments(), **_QUIET, "inference_mode": False}
         trainer = _new_trainer({**arguments, "callbacks": [*self._recipe.strategies(), writing]})
         data = dict(self.data)
         if data.pop("train_dataloaders", None) is not None:
             data["dataloaders"] = data.pop("val_dataloaders")
-        with contextlib.suppress(_Rehearsed), warnings.catch_warnings():
+        with contextlib.suppress(Rehearsed), warnings.catch_warnings():
             # Those that only watch or save a run have nothing to do here
             warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
             trainer.validate(self.module, ckpt_path=str(checkpoint), verbose=False, **_SAFE, **data)
@@ -263,7 +293,7 @@ class Compressor:
         arguments.setdefault(
             "logger", TensorBoardLogger(self.folder, name="", version="tensorboard", default_hp_metric=False)
         )
-        callbacks = [*own, *_listed(arguments.get("callbacks")), _Fetches(self.fetch_list)]
+        callbacks = [*own, *_listed(arguments.get("callbacks")), Fetches(self.fetch_list)]
         return _new_trainer({"default_root_dir": self.folder, **arguments, "callbacks": callbacks})
 
     def _fit(self, trainer: Trainer, checkpoint: Path | None) -> None:
@@ -293,48 +323,6 @@ class Compressor:
                 for format_, file in record.get("files", {}).items()
             },
         }
-
-
-class _Rehearsed(Exception):
-    """Ends a run before its first step."""
-
-
-class _Rehearsal(Callback):
-    """Lets every strategy say what it would do, then stops the run."""
-
-    def __init__(self, strategies: Sequence[CompressionStrategy]) -> None:
-        self.strategies = strategies
-        self.texts: dict[str, str] = {}
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        note = "(as if it came first) " if len(self.strategies) > 1 else ""
-        self.texts = {strategy.name: note + strategy.rehearse(trainer, pl_module) for strategy in self.strategies}
-        raise _Rehearsed
-
-
-class _Writing(Callback):
-    """Writes the module that is about to be validated to a file, then stops."""
-
-    def __init__(self, format_: str, path: Path, options: Mapping[str, Any]) -> None:
-        self.arguments = format_, str(path), options
-        self.manifest: dict[str, Any] = {}
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.manifest = deploy.write(trainer, pl_module, *self.arguments)
-        raise _Rehearsed
-
-
-class _Fetches(Callback):
-    """Checks, before the first step, that everything in ``fetch_list`` is logged."""
-
-    def __init__(self, fetch_list: Mapping[str, str]) -> None:
-        self.fetch_list = fetch_list
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.fetch_list:
-            logged = logged_names(trainer, pl_module, probe_of(trainer, pl_module))
-            for name in self.fetch_list.values():
-                check_metric(name, logged, "fetch_list")
 
 
 def _new_trainer(arguments: dict[str, Any]) -> Trainer:

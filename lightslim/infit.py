@@ -4,7 +4,7 @@ import contextlib
 import gc
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,8 +91,9 @@ def logged_names(trainer: Trainer, module: LightningModule, probe: Probe) -> set
 
 
 def evaluate(
-    trainer: Trainer, module: LightningModule, limit: int | None = None, learning: Sequence[nn.Module] = ()
-) -> dict[str, float]:
+    trainer: Trainer, module: LightningModule, limit: int | None = None, learning: Sequence[nn.Module] = (),
+    loaders: Sequence[Iterable[Any]] | None = None, call: Callable[..., Any] = call_step,
+) -> dict[str, float]:  # fmt: skip
     """The means, over the validation data, of what ``validation_step`` logs, without entering Lightning's own loop.
 
     Batches count by their size; under DDP the mean is over all processes. The running fit does not notice.
@@ -102,31 +103,48 @@ def evaluate(
         module: the module it fits.
         limit: batches of each loader to use; None for as many as the Trainer's own validation.
         learning: submodules that are in training mode meanwhile, and keep what their buffers learn.
+        loaders: what to take to its end instead of the Trainer's own validation data.
+        call: calls the step with (step, batch, batch index, loader index).
 
     Returns:
         Metric name to value, epoch-end hooks included; empty where there is no validation data or step.
     """
-    loaders = trainer.val_dataloaders
-    if loaders is None or not overrides(module, "validation_step"):
+    own, limits = validation_data(trainer)
+    if loaders is not None:
+        own, limits = list(loaders), [math.inf] * len(loaders)
+    if not own or not overrides(module, "validation_step"):
         return {}
-    loaders = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
-    limits = [limit] * len(loaders) if limit else _limits(trainer, len(loaders))
     with untouched(module, except_for=learning), torch.no_grad():
         module.eval()
         for child in learning:
             child.train()
-        totals = _aggregate(_batches(trainer, module, loaders, limits))
+        totals = _aggregate(_batches(trainer, module, own, [limit] * len(own) if limit else limits, call))
     return {name: total.over_processes(trainer) for name, total in sorted(totals.items())}
 
 
-def _limits(trainer: Trainer, count: int) -> list[float]:
-    limits = trainer.num_val_batches
-    return list(limits) if isinstance(limits, list) else [limits] * count
+def visit(
+    trainer: Trainer, module: LightningModule, loaders: Sequence[Sequence[Any]], call: Callable[..., Any]
+) -> None:
+    """Let ``call`` have every step of a validation over ``loaders``; end before the epoch does, and log nothing."""
+    steps = _batches(trainer, module, list(loaders), [math.inf] * len(loaders), call)
+    with untouched(module), torch.no_grad(), contextlib.closing(steps):
+        module.eval()
+        for _ in itertools.islice(steps, sum(map(len, loaders))):  # what would come next is the end of the epoch
+            pass
+
+
+def validation_data(trainer: Trainer) -> tuple[list[Any], list[float]]:
+    """The Trainer's validation loaders, and how many batches of each it takes."""
+    loaders, limits = trainer.val_dataloaders, trainer.num_val_batches
+    if loaders is None:
+        return [], []
+    loaders = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
+    return loaders, list(limits) if isinstance(limits, list) else [limits] * len(loaders)
 
 
 def _batches(
-    trainer: Trainer, module: LightningModule, loaders: list[Any], limits: Sequence[float]
-) -> Iterator[tuple[Log, int]]:
+    trainer: Trainer, module: LightningModule, loaders: list[Any], limits: Sequence[float], call: Callable[..., Any]
+) -> Generator[tuple[Log, int], None, None]:
     """What each batch logs, with its size; then what is only known at the end: metric objects, epoch-end hooks."""
     objects: Log = {}
     for child in module.modules():
@@ -139,7 +157,7 @@ def _batches(
             for batch_index, batch in enumerate(_limited(loader, limits[index])):
                 moved = _moved(trainer, batch, index)
                 with trainer.precision_plugin.val_step_context():
-                    call_step(module.validation_step, moved, batch_index, index)
+                    call(module.validation_step, moved, batch_index, index)
                 named = {name + (suffix if one.add_dataloader_idx else ""): one for name, one in log.items()}
                 objects.update({name: one for name, one in named.items() if isinstance(one.value, Metric)})
                 yield named, batch_size_of(moved)

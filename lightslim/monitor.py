@@ -6,6 +6,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lightslim.prune import curves
 from lightslim.strategy import strategies_of
 
 
@@ -41,6 +42,8 @@ class CompressionMonitor(Callback):
             for record in strategy.history[self.shown.get(strategy.state_key, 0) :]:
                 self._draw(trainer, record)
                 _text(trainer, strategy.name, record)
+                if "sensitivities" in record:
+                    _curves(trainer, strategy.name, record)
             self.shown[strategy.state_key] = len(strategy.history)
 
     def _draw(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
@@ -66,6 +69,19 @@ def _text(trainer: Trainer, name: str, record: Mapping[str, Any]) -> None:
             experiment.add_text(f"lightslim/{name}", markdown(record), record["step"])
 
 
+def _curves(trainer: Trainer, name: str, record: Mapping[str, Any]) -> None:
+    """Each layer's loss over the percentage of its units masked, and all layers in one picture."""
+    tag = f"lightslim/{name}/sensitivity/epoch{record['epoch']}"
+    for logger in trainer.loggers:
+        experiment: Any = getattr(logger, "experiment", None)
+        if hasattr(experiment, "add_scalar"):  # steps here are percent: a logger that is no TensorBoard would be lost
+            for layer, curve in record["sensitivities"].items():
+                for share, loss in zip((0.0, *curve["pruned_percent"]), (0.0, *curve["loss"]), strict=True):
+                    experiment.add_scalar(f"{tag}/{layer}", loss, round(100 * share))
+        if hasattr(experiment, "add_image") and curves.can_draw():
+            experiment.add_image(tag, curves.pixels(record), record["step"], dataformats="HWC")
+
+
 Change = tuple[str, float, float]
 
 
@@ -83,6 +99,12 @@ def _worst(record: Mapping[str, Any]) -> list[str]:
     noise = record.get("signal_to_noise", {})
     rows = [f"| {layer} | {decibels:.1f} |" for layer, decibels in noise.items()]
     return ["", "| layer | signal to noise, dB |", "|---|---:|", *rows] if rows else []
+
+
+def _chosen(record: Mapping[str, Any]) -> list[str]:
+    """What share of each layer went, the most sensitive layer first, as the end of a table."""
+    rows = [f"| {' | '.join(row)} |" for row in curves.rows(record)] if "sensitivities" in record else []
+    return ["", f"| {' | '.join(curves.HEADER)} |", "|---|---:|---:|---:|", *rows] if rows else []
 
 
 def _measured(record: Mapping[str, Any]) -> Iterator[Change]:
@@ -113,5 +135,6 @@ def markdown(record: Mapping[str, Any]) -> str:
             "|---|---:|---:|",
             *rows,
             *_worst(record),
+            *_chosen(record),
         ]
     )

@@ -38,6 +38,22 @@ def exports_table(exports: Mapping[str, Mapping[str, Any]]) -> str:
     return table(("file", "format", "bytes", *metrics), rows, left=2)
 
 
+def sensitivity_table(sensitivities: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a metric loses by layer and share of units masked.
+
+    Example:
+        >>> print(sensitivity_table({"conv.weight": {"pruned_percent": [0.5], "loss": [0.25], "size": 16}}))
+        parameter    units     50%
+        conv.weight     16  0.2500
+    """
+    shares = sorted({share for curve in sensitivities.values() for share in curve["pruned_percent"]})
+    rows = []
+    for name, curve in sensitivities.items():
+        losses = dict(zip(curve["pruned_percent"], curve["loss"], strict=True))
+        rows.append((name, number(curve["size"]), *(number(losses[s]) if s in losses else "" for s in shares)))
+    return table(("parameter", "units", *(f"{share:.0%}" for share in shares)), rows)
+
+
 def comparison(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Finished runs side by side: what each ended with."""
     ends = {run: {**flat(result["after"]), "seconds": result["seconds"]} for run, result in results.items()}

@@ -13,6 +13,7 @@ from lightslim import (
     FSPDistiller,
     L2Distiller,
     QuantizationStrategy,
+    SensitivePruneStrategy,
     SoftLabelDistiller,
     StructurePruner,
     UniformPruneStrategy,
@@ -23,6 +24,9 @@ from lightslim.prune import l1_norm
 
 ROWS: dict[tuple[str, str], Callable[[], Any]] = {
     ("strategy", "UniformPruneStrategy"): lambda: UniformPruneStrategy(target_ratio=0.5, start_epoch=1),
+    ("strategy", "SensitivePruneStrategy"): lambda: SensitivePruneStrategy(
+        target_ratio=0.5, start_epoch=1, metric_name="val_acc"
+    ),
     ("pruner", "StructurePruner"): lambda: StructurePruner({"*": 0}, {"*": "l1_norm"}),
     ("criterion", "l1_norm"): lambda: l1_norm,
     ("strategy", "QuantizationStrategy"): lambda: QuantizationStrategy(

@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 
 from lightslim import DistillationStrategy, FSPDistiller, L2Distiller, SoftLabelDistiller
-from lightslim.prune import StructurePruner, UniformPruneStrategy, l1_norm
+from lightslim.prune import SensitivePruneStrategy, StructurePruner, UniformPruneStrategy, l1_norm
 from lightslim.recipe import Recipe, drafts
 from lightslim.registry import Registry
 from lightslim.strategy import CompressionStrategy
@@ -26,25 +26,6 @@ compressor:
   epoch: 10
   strategies: [halve, quantize]
 """
-
-
-class SensitivePruneStrategy(CompressionStrategy):
-    def __init__(
-        self,
-        pruner: StructurePruner | None = None,
-        start_epoch: int = 0,
-        end_epoch: int | None = None,
-        delta_rate: float = 0.2,
-        target_ratio: float = 0.5,
-        num_steps: int = 1,
-        eval_rate: float | None = None,
-        pruned_params: str = "*",
-        sensitivities_file: str = "sensitivities.json",
-        metric_name: str | None = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(start_epoch, end_epoch, name)
-        self.pruner = pruner
 
 
 class QuantizationStrategy(CompressionStrategy):

@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 
 from lightslim.errors import CompressionError, did_you_mean
 from lightslim.export.compare import differences
-from lightslim.export.files import replacing, write_manifest
+from lightslim.export.files import write_manifest
 from lightslim.export.manifest import describe
 from lightslim.export.program import Program, flat, program_of
+from lightslim.files import replacing
 from lightslim.surgery import cuts_of
 
 CUTS = ("save_in_nodes", "save_out_nodes")

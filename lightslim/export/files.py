@@ -1,51 +1,11 @@
-"""Files that are there whole or not at all, whatever ends the process or fills the disk."""
+"""What lies beside a written model."""
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightslim.errors import CompressionError
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to; the file takes the place of ``path`` if nothing goes wrong inside.
-
-    Raises:
-        CompressionError: the file cannot be written; what ``path`` held before is still there then.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "model.onnx"
-        >>> with replacing(path) as partial:
-        ...     _ = partial.write_text("new")
-        >>> path.read_text(), partial.exists()
-        ('new', False)
-    """
-    # The suffix stays: some runtimes go by it
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        raise CompressionError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+from lightslim.files import replacing
 
 
 def manifest_path(path: Path) -> Path:

@@ -1,8 +1,19 @@
 """Structural pruning: units leave the model for good, and it gets smaller and faster in every runtime."""
 
+from lightslim.prune.analysis import sensitivity
 from lightslim.prune.criteria import l1_norm
 from lightslim.prune.pruner import StructurePruner
 from lightslim.prune.report import PruneReport
+from lightslim.prune.sensitive import SensitivePruneStrategy
 from lightslim.prune.uniform import UniformPruneStrategy, find_groups, prune
 
-__all__ = ["PruneReport", "StructurePruner", "UniformPruneStrategy", "find_groups", "l1_norm", "prune"]
+__all__ = [
+    "PruneReport",
+    "SensitivePruneStrategy",
+    "StructurePruner",
+    "UniformPruneStrategy",
+    "find_groups",
+    "l1_norm",
+    "prune",
+    "sensitivity",
+]

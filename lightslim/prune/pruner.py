@@ -47,7 +47,7 @@ class StructurePruner:
         names = list(graph.parameters)
         named = set(select(pruned_params, names, "pruned_params"))
         spared = {name for pattern in ignore for name in select(pattern, names, "ignore")}
-        owners = [(group, {slot.tensor for slot in group.slots if self._ranks(slot)}) for group in graph]
+        owners = [(group, {slot.tensor for slot in group.slots if self.ranks(slot)}) for group in graph]
         groups = [group for group, owned in owners if owned & named and not owned & spared]
         if pruned_params == "*":  # weights that do not train (a loss network, say) stay unless they are named
             groups = [group for group in groups if not {slot.tensor for slot in group.weights} <= graph.untrained]
@@ -57,7 +57,8 @@ class StructurePruner:
             )
         return groups
 
-    def _ranks(self, slot: Slot) -> bool:
+    def ranks(self, slot: Slot) -> bool:
+        """Whether a slot lies along the pruning axis of its parameter."""
         return lookup(self.pruning_axis, slot.tensor) == slot.dim
 
     def importance(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -75,7 +76,7 @@ class StructurePruner:
         Raises:
             CompressionError: a weight holds NaN or infinity, or no criterion is given for it.
         """
-        slots = [slot for slot in group.weights if self._ranks(slot)] or list(group.weights)
+        slots = [slot for slot in group.weights if self.ranks(slot)] or list(group.weights)
         return torch.stack([group.gather(slot, self._score(slot, tensors)).cpu() for slot in slots]).sum(0)
 
     def _score(self, slot: Slot, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -1,7 +1,8 @@
 """What a cut did, as plain records and as a table for people."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightslim.graph import Graph, Kept, kept_sizes
@@ -21,6 +22,7 @@ class PruneReport:
         target_ratio: the share of FLOPs that was asked for.
         frozen: what could not lose units: (first tensor, units, reason).
         unused: trainable parameters that neither step uses.
+        chosen: where layers differ, the share of units that goes, by the parameter that stands for its group.
     """
 
     flops: tuple[int, int]
@@ -31,6 +33,7 @@ class PruneReport:
     target_ratio: float
     frozen: tuple[tuple[str, int, str], ...]
     unused: tuple[str, ...] = ()
+    chosen: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def flops_removed(self) -> float:

@@ -10,7 +10,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightslim.errors import CompressionError
-from lightslim.graph import Graph, Kept, kept_sizes, record
+from lightslim.graph import Graph, Group, Kept, kept_sizes, record
 from lightslim.infit import cut_in_fit, evaluate, logged_names, probe_of
 from lightslim.patterns import check_pattern, select
 from lightslim.prune.pruner import StructurePruner
@@ -53,19 +53,26 @@ class UniformPruning:
 
     def plan(self, probe: Probe) -> tuple[Cut, PruneReport]:
         """Record the model, choose widths and units, and try the cut; the model is left as it was."""
+        graph, kept, solution = self.tried(probe)
+        cut = plan(probe.module, graph, kept)
+        return cut, self._report(probe.module, graph, kept, cut, solution)
+
+    def tried(self, probe: Probe) -> tuple[Graph, Kept, Solution]:
+        """The model's recording, with what does not stand the cut frozen, the units to keep and the widths behind."""
         found: list[Solution] = []
         tensors = dict(probe.module.named_parameters())
 
         def choose(graph: Graph) -> Kept:
             groups = self.pruner.selected(graph, self.pruned_params, self.ignore)
-            solution = uniform_widths(graph, groups, self.target_ratio, self.rounding)
-            found.append(solution)
+            found.append(self.solve(graph, groups))
             scores = {group.axis: self.pruner.importance(group, tensors) for group in groups}
-            return {axis: self.pruner.keep(score, solution.widths[axis]) for axis, score in scores.items()}
+            return {axis: self.pruner.keep(score, found[-1].widths[axis]) for axis, score in scores.items()}
 
-        graph, kept = feasible(record(probe), probe, choose)
-        cut = plan(probe.module, graph, kept)
-        return cut, self._report(probe.module, graph, kept, cut, found[-1])
+        return *feasible(record(probe), probe, choose), found[-1]
+
+    def solve(self, graph: Graph, groups: Sequence[Group]) -> Solution:
+        """How many units each of ``groups`` keeps."""
+        return uniform_widths(graph, groups, self.target_ratio, self.rounding)
 
     def _report(self, module: nn.Module, graph: Graph, kept: Kept, cut: Cut, solution: Solution) -> PruneReport:
         if abs(solution.share - self.target_ratio) > TOLERANCE:
@@ -82,6 +89,7 @@ class UniformPruning:
             target_ratio=self.target_ratio,
             frozen=frozen_report(graph),
             unused=tuple(name for name in graph.unreached if name not in graph.untrained),
+            chosen=solution.shares,
         )
 
 

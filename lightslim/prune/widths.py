@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, product
 
 from lightslim.errors import CompressionError
@@ -61,19 +61,26 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Solution:
-    """Widths by group axis, the common ratio behind them, and the share of FLOPs that they remove."""
+    """Widths by group axis, what they have in common, and the share of FLOPs that they remove.
+
+    Attributes:
+        widths: units to keep.
+        ratio: the common ratio, or the common level of loss, behind them.
+        share: of FLOPs.
+        shares: of units that go, by name, where they differ.
+    """
 
     widths: Widths
     ratio: float
     share: float
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 def uniform_widths(graph: Graph, groups: Sequence[Group], target: float, rounding: Rounding) -> Solution:
     """One common ratio for all ``groups``, found by bisection, that removes a share ``target`` of the FLOPs.
 
-    Rounding makes the reachable shares coarse, so groups may then move by a step (or an eighth of their units; by more
-    if that is not enough) as long as that brings the total nearer to the target. The nearest solution found is
-    returned, whether or not it hits.
+    Rounding makes the reachable shares coarse, so groups may then move by a step, see :func:`settle`. The nearest
+    solution found is returned, whether or not it hits.
 
     Args:
         graph: the recording that predicts FLOPs.
@@ -81,10 +88,7 @@ def uniform_widths(graph: Graph, groups: Sequence[Group], target: float, roundin
         target: share of the graph's FLOPs to remove, in (0, 1).
         rounding: the widths allowed.
     """
-    whole = graph.flops() or 1
-
-    def removed(widths: Mapping[Axis, int]) -> float:
-        return 1 - graph.flops(widths) / whole
+    removed = removal(graph)
 
     def at(ratio: float) -> Widths:
         return {group.axis: rounding.nearest(group.size, ratio) for group in groups}
@@ -94,73 +98,99 @@ def uniform_widths(graph: Graph, groups: Sequence[Group], target: float, roundin
         middle = (low + high) / 2
         low, high = (middle, high) if removed(at(middle)) < target else (low, middle)
     ratio = min((low, high), key=lambda r: abs(removed(at(r)) - target))
-    widths = start = at(ratio)
-    for reach in (1, 2, 4, 8):  # as near to one common ratio as the target allows
-        widths = _settle(widths, start, groups, target, rounding, reach, removed)
-        if abs(removed(widths) - target) <= TOLERANCE:
-            break
-    else:
-        widths = _of_all(widths, start, groups, target, rounding, removed)
+    widths = settle(at(ratio), groups, target, rounding, removed)
     return Solution(widths, ratio, removed(widths))
 
 
-def _settle(
-    widths: Widths,
-    start: Widths,
-    groups: Sequence[Group],
-    target: float,
-    rounding: Rounding,
-    reach: int,
-    removed: Callable[[Widths], float],
-) -> Widths:
-    """Move single groups by one step, or two at once, the most helpful first, until nothing brings the total nearer."""
-    error = abs(removed(widths) - target)
-    while error > TOLERANCE / 4:
-        moves = [move for group in groups for move in _moves(group, widths, start, rounding, reach)]
-        best, move = _nearest_move(widths, moves, target, removed)
-        if best >= error and error > TOLERANCE and len(moves) <= MANY:
-            best, move = _nearest_move(widths, [a | b for a, b in combinations(moves, 2)], target, removed)
-        if best >= error:
-            break
-        widths, error = widths | move, best
-    return widths
+def removal(graph: Graph) -> Callable[[Widths], float]:
+    """From widths to the share of the graph's FLOPs that they remove."""
+    whole = graph.flops() or 1
+    return lambda widths: 1 - graph.flops(widths) / whole
 
 
-def _of_all(
-    widths: Widths,
+def settle(
     start: Widths,
     groups: Sequence[Group],
     target: float,
     rounding: Rounding,
     removed: Callable[[Widths], float],
+    floors: Mapping[Axis, int] | None = None,
 ) -> Widths:
-    """Where there are few combinations of widths, look at all: the most uniform that hits, else the nearest."""
-    choices = [rounding.allowed(group.size) for group in groups]
-    if math.prod(map(len, choices)) > MANY**2:
+    """Bring widths nearer to the target while they stay as near to ``start`` as that allows.
+
+    Single groups move by a step or an eighth of their units; by more if that is not enough.
+
+    Args:
+        start: the widths to begin with.
+        groups: those that may move.
+        target: share of FLOPs to remove.
+        rounding: the widths allowed.
+        removed: from widths to the share that they remove.
+        floors: widths below which single groups must not fall.
+    """
+    search = _Search(start, groups, target, rounding, removed, floors or {})
+    widths = start
+    for reach in (1, 2, 4, 8):
+        widths = search.settle(widths, reach)
+        if search.error(widths) <= TOLERANCE:
+            return widths
+    return search.among_all(widths)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What a search for widths is about; see :func:`settle`."""
+
+    start: Widths
+    groups: Sequence[Group]
+    target: float
+    rounding: Rounding
+    removed: Callable[[Widths], float]
+    floors: Mapping[Axis, int]
+
+    def error(self, widths: Widths) -> float:
+        return abs(self.removed(widths) - self.target)
+
+    def settle(self, widths: Widths, reach: int) -> Widths:
+        """Move single groups by one step, or two at once, the most helpful first, until nothing helps."""
+        error = self.error(widths)
+        while error > TOLERANCE / 4:
+            moves = [move for group in self.groups for move in self._moves(group, widths, reach)]
+            best, move = self._nearest(widths, moves)
+            if best >= error and error > TOLERANCE and len(moves) <= MANY:
+                best, move = self._nearest(widths, [a | b for a, b in combinations(moves, 2)])
+            if best >= error:
+                break
+            widths, error = widths | move, best
         return widths
 
-    def rank(candidate: Widths) -> tuple[float, float]:
-        error = abs(removed(candidate) - target)
-        return max(error, TOLERANCE / 2), max(abs(candidate[g.axis] - start[g.axis]) / g.size for g in groups)
+    def among_all(self, widths: Widths) -> Widths:
+        """Where there are few combinations, look at all: the nearest to the start that hits, else the nearest."""
+        choices = [
+            [width for width in self.rounding.allowed(group.size) if width >= self.floors.get(group.axis, 0)]
+            for group in self.groups
+        ]
+        if math.prod(map(len, choices)) > MANY**2:
+            return widths
 
-    axes = [group.axis for group in groups]
-    return min((dict(zip(axes, combination, strict=True)) for combination in product(*choices)), key=rank)
+        def rank(candidate: Widths) -> tuple[float, float]:
+            moved = max(abs(candidate[g.axis] - self.start[g.axis]) / g.size for g in self.groups)
+            return max(self.error(candidate), TOLERANCE / 2), moved
 
+        axes = [group.axis for group in self.groups]
+        return min((dict(zip(axes, combination, strict=True)) for combination in product(*choices)), key=rank)
 
-def _nearest_move(
-    widths: Widths, moves: Sequence[Widths], target: float, removed: Callable[[Widths], float]
-) -> tuple[float, Widths]:
-    errors = [abs(removed(widths | move) - target) for move in moves]
-    best = min(range(len(moves)), key=errors.__getitem__, default=None)
-    return (errors[best], moves[best]) if best is not None else (float("inf"), {})
+    def _nearest(self, widths: Widths, moves: Sequence[Widths]) -> tuple[float, Widths]:
+        errors = [self.error(widths | move) for move in moves]
+        best = min(range(len(moves)), key=errors.__getitem__, default=None)
+        return (errors[best], moves[best]) if best is not None else (float("inf"), {})
 
-
-def _moves(group: Group, widths: Widths, start: Widths, rounding: Rounding, reach: int) -> list[Widths]:
-    step = rounding.step(group.size)
-    furthest = reach * max(step, group.size // 8)
-    near = {rounding.clip(group.size, widths[group.axis] + delta) for delta in (-step, step)}
-    return [
-        {group.axis: width}
-        for width in sorted(near)
-        if width != widths[group.axis] and abs(width - start[group.axis]) <= furthest
-    ]
+    def _moves(self, group: Group, widths: Widths, reach: int) -> list[Widths]:
+        step = self.rounding.step(group.size)
+        furthest, now = reach * max(step, group.size // 8), widths[group.axis]
+        near = {self.rounding.clip(group.size, now + delta) for delta in (-step, step)} - {now}
+        return [
+            {group.axis: width}
+            for width in sorted(near)
+            if abs(width - self.start[group.axis]) <= furthest and width >= self.floors.get(group.axis, 0)
+        ]

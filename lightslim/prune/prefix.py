@@ -1,0 +1,102 @@
+"""The beginning of a step as it was noted: its operations, and how to answer them without computing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightslim.prune.sources import Lasting, Source
+
+VIEW, WRITE, NEW = "view", "write", "new"
+
+
+@dataclass(frozen=True)
+class Blank:
+    """How to make an empty tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def make(self, poisoned: bool) -> Tensor:
+        """The tensor; full of NaN (or of the largest number) if ``poisoned``."""
+        tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        if poisoned:
+            tensor.fill_(_worst(self.dtype))
+        return tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation: what it was given and how to answer it without computing."""
+
+    func: Any
+    given: tuple[Any, ...]
+    kind: str
+    answer: tuple[Any, ...]  # by leaf: a Blank, the position of the argument that is returned, or a plain value
+    form: Any
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The beginning of one step.
+
+    Attributes:
+        calls: its operations.
+        sources: the tensors that it did not make itself, in the order in which they came; None for a view of one.
+        contents: the memory that is alive at its end, by number.
+    """
+
+    calls: tuple[Call, ...]
+    sources: tuple[Source | None, ...]
+    contents: Mapping[int, torch.UntypedStorage]
+
+    @property
+    def bytes(self) -> int:
+        """The memory that it holds."""
+        return sum(s.nbytes() for s in self.contents.values()) + sum(s.bytes for s in self.sources if s)
+
+    def reads(self, storages: set[int]) -> bool:
+        """Whether it reads one of these storages."""
+        return any(isinstance(source, Lasting) and source.storage in storages for source in self.sources)
+
+
+NOTHING = Prefix((), (), {})
+
+
+def kind_of(func: Any) -> str:
+    """Whether an operation writes into an argument, looks at one in another way, or makes something new."""
+    schema = func._schema
+    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments):
+        return WRITE
+    return VIEW if any(returned.alias_info is not None for returned in schema.returns) else NEW
+
+
+def leaves_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments of an operation with the items of lists, which hold no further lists, among them.
+
+    Example:
+        >>> leaves_of((1, [2, 3]), {"dim": 4})
+        [1, 2, 3, 4]
+    """
+    found: list[Any] = []
+    for value in (*args, *kwargs.values()):
+        found.extend(value) if isinstance(value, (list, tuple)) else found.append(value)
+    return found
+
+
+def plain(leaf: Any) -> bool:
+    """Whether a leaf of the arguments is no tensor, or one of strided memory and nothing else."""
+    if not isinstance(leaf, Tensor):
+        return True
+    usual = type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided and leaf.device.type != "meta"
+    return usual and not (leaf.is_conj() or leaf.is_neg() or leaf.is_quantized)
+
+
+def _worst(dtype: torch.dtype) -> Any:
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return True if dtype is torch.bool else torch.iinfo(dtype).max

@@ -1,0 +1,310 @@
+"""Compute once what a step does before it first reads a masked weight, and put the results in place from then on.
+
+A step is any Python, so nothing is known about its layers. What is seen are the tensor operations: up to the first one
+that reads a masked weight they are the same under every mask. Those of one batch are noted once, with the content of
+every tensor that is still alive where they end. From then on each is checked against the note and answered with an
+empty tensor. A living one gets its content when something reads it after that, copied, so that operations in place harm
+nothing.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightslim.prune.prefix import VIEW, WRITE, Blank, Call, Prefix, kind_of, leaves_of, plain
+from lightslim.prune.sources import Lasting, Passing, Source
+
+# What reads a tensor's memory without a tensor operation.
+_READERS = frozenset({"numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__array__", "__dlpack__",
+                      "__deepcopy__", "__reduce_ex__"})  # fmt: skip
+
+
+class Stop(BaseException):
+    """Ends a step whose beginning has been noted; no user's ``except Exception`` holds it up."""
+
+
+class Diverged(BaseException):
+    """A step did not begin as it had begun when it was noted."""
+
+
+class FastForward(TorchDispatchMode):
+    """Runs a step whose beginning is known; may note how it goes on.
+
+    Args:
+        prefix: the known beginning.
+        lasting: the tensors that outlive a step, by id.
+        until: storages; where the first of them is read the step is stopped and ``noted`` holds what came before.
+            None to run to the end.
+        room: bytes that ``noted`` may hold.
+        poisoned: fill what is answered without computing with NaN, so that whoever reads it is found out.
+
+    Attributes:
+        noted: the longer beginning; None if there is none to be had.
+    """
+
+    def __init__(
+        self, prefix: Prefix, lasting: Mapping[int, Lasting], until: set[int] | None = None, room: int = 0,
+        poisoned: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.prefix, self.lasting, self.until, self.room, self.poisoned = prefix, lasting, until, room, poisoned
+        self.calls: list[Call] = list(prefix.calls) if until is not None else []
+        self.sources: list[Source | None] = []
+        self.noted: Prefix | None = None
+        self.diverged = False
+        self._position = 0
+        self._busy = self._stopped = False
+        self._active = contextlib.ExitStack()
+        self._numbers: dict[int, int] = {}
+        self._made: list[StorageWeakRef] = []
+        self._given: dict[int, tuple[int, Tensor]] = {}
+        self._waiting: dict[int, int] = {}
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Run what is inside; raises :class:`Diverged` when it is not the step that was noted."""
+        with _Readers(self), contextlib.ExitStack() as self._active:
+            self._active.enter_context(self)
+            yield
+        if self.diverged or self._position < len(self.prefix.calls):
+            raise Diverged
+        self._fill_all()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._stopped:  # somebody held the exception up
+            raise Stop
+        if self._busy:
+            return func(*args, **(kwargs or {}))
+        kwargs, self._busy = kwargs or {}, True
+        try:
+            if self._position < len(self.prefix.calls):
+                return self._answer(func, args, kwargs)
+            if self._waiting:
+                self._fill(leaves_of(args, kwargs))
+            return func(*args, **kwargs) if self.until is None else self._note(func, args, kwargs)
+        finally:
+            self._busy = False
+
+    def read(self) -> None:
+        """The memory of some tensor is about to be read."""
+        if self._busy:  # by ourselves
+            return
+        self._busy = True
+        try:
+            if self._position < len(self.prefix.calls):
+                self._diverge()
+            self._fill_all()
+            if self.until is not None:
+                self._stop()
+        finally:
+            self._busy = False
+
+    def leave(self) -> None:
+        """Watch no longer, once there is nothing more to answer or to note: each operation watched takes its time."""
+        if not self._busy and self.until is None and self._position == len(self.prefix.calls):
+            self._active.close()
+            self._fill_all()
+
+    def _fill(self, leaves: Iterable[Any]) -> None:
+        """Give the tensors among ``leaves`` the content that they had at the end of the prefix."""
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                storage = leaf.untyped_storage()
+                number = self._waiting.pop(storage._cdata, None)
+                if number is not None:
+                    storage.copy_(self.prefix.contents[number])
+
+    def _fill_all(self) -> None:
+        for number in self._waiting.values():
+            storage = torch.UntypedStorage._new_with_weak_ptr(self._made[number].cdata)
+            if storage is not None:
+                storage.copy_(self.prefix.contents[number])
+        self._waiting.clear()
+
+    def _diverge(self) -> None:
+        self.diverged = True
+        raise Diverged
+
+    def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        call = self.prefix.calls[self._position]
+        leaves = leaves_of(args, kwargs)
+        if func is not call.func or call.given != self._labels(leaves):
+            self._diverge()
+        if call.kind == VIEW:
+            out = func(*args, **kwargs)
+            self._adopt(out)
+        else:
+            out = pytree.tree_unflatten([self._leaf(call, item, leaves) for item in call.answer], call.form)
+        self._position += 1
+        return out
+
+    def _leaf(self, call: Call, item: Any, leaves: list[Any]) -> Any:
+        if call.kind == WRITE:
+            return leaves[item]
+        if not isinstance(item, Blank):
+            return item
+        tensor = item.make(self.poisoned)
+        number = self._number(tensor)
+        if number in self.prefix.contents:
+            self._waiting[tensor.untyped_storage()._cdata] = number
+        return tensor
+
+    def _number(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        self._numbers[storage._cdata] = len(self._made)
+        self._made.append(StorageWeakRef(storage))  # no later storage gets its address
+        return len(self._made) - 1
+
+    def _labels(self, leaves: Iterable[Any]) -> tuple[Any, ...]:
+        return tuple(self._label(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
+
+    def _label(self, tensor: Tensor) -> tuple[Any, ...]:
+        """What a tensor is in this step: where its memory came from and how it lies in it."""
+        if tensor.layout is not torch.strided:
+            self._diverge()
+        number = self._numbers.get(tensor.untyped_storage()._cdata)
+        origin = self._source(tensor) if number is None else number
+        return (
+            type(tensor),
+            number is None,
+            origin,
+            tensor.shape,
+            tensor.stride(),
+            tensor.storage_offset(),
+            tensor.dtype,
+        )
+
+    def _source(self, tensor: Tensor) -> int:
+        if id(tensor) not in self._given:
+            known = self.prefix.sources[len(self.sources) : len(self.sources) + 1]
+            if self._position < len(self.prefix.calls) and not (known and known[0] and known[0].same(tensor)):
+                self._diverge()
+            self._give(tensor, known[0] if known else self._new_source(tensor))
+        return self._given[id(tensor)][0]
+
+    def _new_source(self, tensor: Tensor) -> Source:
+        lasting = self.lasting.get(id(tensor))
+        return lasting if lasting and lasting.same(tensor) else Passing(tensor.clone())
+
+    def _give(self, tensor: Tensor, source: Source | None) -> None:
+        self._given[id(tensor)] = len(self._given), tensor
+        self.sources.append(source)
+
+    def _adopt(self, out: Any) -> None:
+        """Views of what the step did not make itself are as good as that."""
+        for view in pytree.tree_leaves(out):
+            if isinstance(view, Tensor) and view.untyped_storage()._cdata not in self._numbers:
+                self._give(view, None)
+
+    def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
+        leaves = leaves_of(args, kwargs)
+        if not all(map(plain, leaves)) or self._ends_here(func, args, leaves):
+            self._stop()
+        kind, given = kind_of(func), self._labels(leaves)
+        out = func(*args, **kwargs)
+        outs, form = pytree.tree_flatten(out)
+        answer = self._answerable(kind, outs, leaves) if given == self._labels(leaves) else None
+        if answer is None:  # and it may have written already: there is no note
+            self._stopped = True
+            raise Stop
+        self.calls.append(Call(func, given, kind, answer, form))
+        if kind == VIEW:
+            self._adopt(out)
+        return out
+
+    def _ends_here(self, func: Any, args: Any, leaves: Iterable[Any]) -> bool:
+        """Whether the operation reads a masked weight, or leaves other traces than its result."""
+        storages = [leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)]
+        named = list(zip(func._schema.arguments, args, strict=False))
+        return bool(
+            func.namespace != "aten"
+            or {torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view} & set(func.tags)
+            or not (self.until or set()).isdisjoint(storages)
+            or any(argument.name in ("train", "training") and value is True for argument, value in named)
+            or (kind_of(func) == WRITE and not self._writes_own(named, leaves))
+        )
+
+    def _writes_own(self, named: Iterable[tuple[Any, Any]], leaves: Iterable[Any]) -> bool:
+        """Whether only tensors that the step has made itself are written; those given by name could be any."""
+        written = [value for argument, value in named if argument.alias_info and argument.alias_info.is_write]
+        tensors = [leaf for leaf in pytree.tree_leaves(written or list(leaves)) if isinstance(leaf, Tensor)]
+        return all(tensor.untyped_storage()._cdata in self._numbers for tensor in tensors)
+
+    def _answerable(self, kind: str, outs: list[Any], leaves: list[Any]) -> tuple[Any, ...] | None:
+        if kind == VIEW:
+            return ()
+        if kind == WRITE:
+            found = [next((i for i, leaf in enumerate(leaves) if leaf is out), None) for out in outs]
+            return None if None in found else tuple(found)
+        storages = [out.untyped_storage()._cdata for out in outs if isinstance(out, Tensor)]
+        if len(set(storages)) < len(storages) or not all(map(self._is_new, outs)):
+            return None
+        return tuple(map(self._blank, outs))
+
+    def _is_new(self, out: Any) -> bool:
+        if not isinstance(out, Tensor):
+            return True
+        if not plain(out) or out.storage_offset():
+            return False
+        storage, known = out.untyped_storage(), {t.untyped_storage()._cdata for _, t in self._given.values()}
+        extent = 1 + sum((size - 1) * step for size, step in zip(out.shape, out.stride(), strict=True))
+        needed = extent * out.element_size() if out.numel() else 0
+        return storage._cdata not in self._numbers and storage._cdata not in known and storage.nbytes() == needed
+
+    def _blank(self, out: Any) -> Any:
+        if not isinstance(out, Tensor):
+            return out
+        self._number(out)
+        return Blank(tuple(out.shape), out.stride(), out.dtype, out.device)
+
+    def _stop(self) -> None:
+        self._stopped = True
+        self._fill_all()
+        alive = {n: torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for n, ref in enumerate(self._made)}
+        contents = {number: storage for number, storage in alive.items() if storage is not None}
+        self.noted = Prefix(tuple(self.calls), tuple(self.sources), contents)
+        if self.noted.bytes > self.room or not self.calls:
+            self.noted = None
+        else:
+            copies = {number: storage.clone() for number, storage in contents.items()}
+            self.noted = Prefix(tuple(self.calls), tuple(self.sources), copies)
+        raise Stop
+
+
+class _Readers(TorchFunctionMode):
+    """Tells when memory is read without a tensor operation."""
+
+    def __init__(self, step: FastForward) -> None:
+        super().__init__()
+        self.step = step
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _READERS:
+            self.step.read()
+        self.step.leave()
+        return func(*args, **(kwargs or {}))
+
+
+class FirstReads(TorchDispatchMode):
+    """Notes when each storage is first read, and whether processes talk to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at: dict[int, int] = {}
+        self.collective = False
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        self.collective |= "c10d" in func.namespace
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+                self.at.setdefault(leaf.untyped_storage()._cdata, self.count)
+        return func(*args, **(kwargs or {}))

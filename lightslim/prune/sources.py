@@ -1,0 +1,84 @@
+"""What a step finds and does not make itself: weights, buffers, the batch, constants. Are they still the same?"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Source(Protocol):
+    """A tensor that a step was given."""
+
+    @property
+    def bytes(self) -> int:
+        """The memory kept for it alone."""
+
+    def same(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is it, to the last bit."""
+
+
+@dataclass
+class Lasting:
+    """A parameter or buffer, which outlives the step: it is the same object, whose content has not changed."""
+
+    tensor: Tensor
+    content: Tensor | None
+    version: int
+    bytes: int = 0
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Lasting":
+        """``tensor`` as it is now; of buffers, which are refilled when an evaluation ends, the content is kept."""
+        content = None if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+        return cls(tensor, content, _version(tensor))
+
+    @property
+    def storage(self) -> int:
+        """The address of its memory."""
+        return int(self.tensor.untyped_storage()._cdata)
+
+    def same(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is this one, unchanged."""
+        if tensor is not self.tensor:
+            return False
+        version = _version(tensor)
+        if version != self.version or version < 0:
+            if self.content is None or not equal(tensor, self.content):
+                return False
+            self.version = version
+        return True
+
+
+@dataclass(frozen=True)
+class Passing:
+    """Anything else, known by its content."""
+
+    content: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """The memory of its content."""
+        return self.content.numel() * self.content.element_size()
+
+    def same(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` holds the same."""
+        return equal(tensor, self.content)
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same to the last bit, NaN included.
+
+    Example:
+        >>> equal(torch.tensor([float("nan")]), torch.tensor([float("nan")])), equal(torch.zeros(1), -torch.zeros(1))
+        (True, False)
+    """
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    bits = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return torch.equal(*bits)
+
+
+def _version(tensor: Tensor) -> int:
+    """The count of writes to a tensor; negative where torch does not count them."""
+    return -1 if tensor.is_inference() else tensor._version
