@@ -1,11 +1,15 @@
-"""The sizes that torch's own layers remember beside their weights, read off the shapes of those weights."""
+"""The sizes that modules remember as plain numbers: torch's own layers beside their weights, and anybody's Python."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+
+from lightslim.graph import Axis, Made, count
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -24,6 +28,36 @@ def sizes_from_shapes(module: nn.Module, shapes: Shapes) -> dict[str, Any]:
     rule = next((rule for kind, rule in _RULES.items() if isinstance(module, kind)), None)
     vector = shapes.get("weight", shapes.get("running_mean"))
     return rule(module, vector) if rule is not None and vector is not None else {}
+
+
+def sizes_from_axes(module: nn.Module, made: Iterable[Made], kept: Mapping[Axis, int]) -> dict[str, Any]:
+    """The ints, and lists and tuples of ints, on ``module`` that equal the size of an axis which shrinks.
+
+    Args:
+        module: any module; ``num_heads``, ``split_sizes`` and the like lie in its ``__dict__``.
+        made: the ops that its own code ran, whose axes it may speak of.
+        kept: how many units remain of each leaf that loses some.
+
+    Returns:
+        Attribute name to the value after the cut. Where two axes of one size shrink differently the more frequent wins;
+        whether that was right is for a trial to find out.
+    """
+    after: dict[int, Counter[int]] = {}
+    for axis in {id(axis): axis for one in made for axis in one.touched}.values():
+        if (left := count(axis, kept)) != axis.size:
+            after.setdefault(axis.size, Counter())[left] += 1
+    new = {size: lefts.most_common(1)[0][0] for size, lefts in after.items()}
+    changed = {name: _replaced(value, new) for name, value in vars(module).items()}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def _replaced(value: Any, new: Mapping[int, int]) -> Any:
+    """``value`` with each size that changes in it changed; None if there is none."""
+    if type(value) is int:
+        return new.get(value)
+    if type(value) in (tuple, list, torch.Size) and any(type(item) is int and item in new for item in value):
+        return type(value)(new.get(item, item) if type(item) is int else item for item in value)
+    return None
 
 
 def _convolution(module: nn.Module, weight: Sequence[int]) -> dict[str, Any]:
@@ -52,3 +86,6 @@ _RULES: dict[type[nn.Module], Callable[[nn.Module, Sequence[int]], dict[str, Any
     nn.EmbeddingBag: lambda _, weight: {"num_embeddings": weight[0], "embedding_dim": weight[1]},
     nn.PReLU: lambda _, weight: {"num_parameters": weight[0]},
 }
+
+HOLD_SIZES = (_NormBase, nn.RNNBase)
+"""Layers whose sizes follow every cut, whether or not they have weights to read them off."""

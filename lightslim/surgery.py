@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightslim.errors import CompressionError
-from lightslim.graph import Graph, Kept, masks_of
-from lightslim.sizes import sizes_from_shapes
+from lightslim.graph import Graph, Kept, kept_sizes, masks_of
+from lightslim.sizes import HOLD_SIZES, sizes_from_axes, sizes_from_shapes
 
 CHECKPOINT_KEY = "lightslim"
 
@@ -78,7 +78,23 @@ def plan(module: nn.Module, graph: Graph, kept: Kept) -> Cut:
         Slice(slot.tensor, slot.dim, len(positions), tuple(positions.nonzero().flatten().tolist()))
         for slot, positions in masks_of(graph.slots, kept).items()
     )
-    return Cut(slices, tuple(_rewrites(module, _shapes_after(module, slices))))
+    return Cut(slices, tuple(_with_python_sizes(module, graph, kept, _rewrites(module, _shapes_after(module, slices)))))
+
+
+def _with_python_sizes(
+    module: nn.Module, graph: Graph, kept: Kept, rewrites: Iterable[Rewrite]
+) -> Iterator[Rewrite]:
+    """The sizes read off the shapes of weights, then those in the code of modules that are to follow the cut."""
+    done = set()
+    for item in rewrites:
+        done.add((item.module, item.attribute))
+        yield item
+    sizes = kept_sizes(kept)
+    for path, child in module.named_modules():
+        if path in graph.follow or isinstance(child, HOLD_SIZES):
+            for attribute, value in sizes_from_axes(child, graph.made_by(path), sizes).items():
+                if (path, attribute) not in done:
+                    yield Rewrite(path, attribute, getattr(child, attribute), value)
 
 
 def parameters_after(module: nn.Module, cut: Cut) -> int:

@@ -61,6 +61,15 @@ def same(book: "Recorder", out: Any, self: Tensor, **_: Any) -> None:
             book[result] = book[self]
 
 
+def restrided(book: "Recorder", out: Tensor, self: Tensor, size: Sequence[int], **_: Any) -> None:
+    """Other strides in memory; where the shape is another too, nothing is known."""
+    if list(self.shape) == list(size):
+        book[out] = book[self]
+    else:
+        for axis in book[self]:
+            freeze(axis, "its memory is addressed by strides")
+
+
 def loss(book: "Recorder", out: Tensor, self: Tensor, target: Tensor, **_: Any) -> None:
     """Prediction and target are compared element by element; the result is reduced or not."""
     compared = _broadcast([book[self], book[target]], self.shape)
@@ -120,6 +129,7 @@ def matmul(book: "Recorder", out: Tensor, func: Any, **arguments: Any) -> None:
     unify_all([*zip(batch_a, batch_b, strict=True), (inner, inner_b)])
     book.contract(b, inner)
     book.contract(a, inner)
+    book.parallel += batch_a
     book.spend((*batch_a, rows, inner, columns), b if book.origin(b) else a)
     book[out] = _broadcast([(*batch_a, rows, columns), *(book[tensor] for tensor in bias)], out.shape)
 
@@ -139,6 +149,7 @@ def attention(book: "Recorder", out: Any, query: Tensor, key: Tensor, value: Ten
     q, k, v = book[query], book[key], book[value]
     unify_all([*zip(q[:-2], k[:-2], strict=True), *zip(q[:-2], v[:-2], strict=True), (q[-1], k[-1]), (k[-2], v[-2])])
     freeze(q[-1], "the width of an attention head, which sets the scale")
+    book.parallel += q[:-2]
     book.spend((*q[:-2], q[-2], k[-2]), query)
     book[_flat([out])[0]] = [*q[:-1], v[-1]]
 

@@ -31,6 +31,7 @@ FAMILIES: dict[rules.Rule, str] = {
         clone _to_copy detach alias lift_fresh contiguous native_dropout _fused_dropout bernoulli zeros_like
         ones_like full_like empty_like rand_like randn_like fill zero normal uniform exponential
     """,
+    rules.restrided: "as_strided as_strided_scatter",
     rules.spatial: """
         max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
         _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d

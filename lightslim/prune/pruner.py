@@ -8,6 +8,7 @@ from torch import Tensor
 from lightslim.errors import CompressionError
 from lightslim.graph import Graph, Group, Slot
 from lightslim.patterns import lookup, select
+from lightslim.prune.spared import one_factor_each, without_embeddings
 from lightslim.registry import registry
 
 
@@ -18,6 +19,7 @@ class StructurePruner:
         pruning_axis: pattern of parameter names to the dimension whose slices are ranked and removed; parameters that
             no pattern fits are never chosen (they still follow the groups they belong to). Default: ``{"*": 0}``.
         criterions: pattern of parameter names to the name of a registered criterion. Default: ``{"*": "l1_norm"}``.
+        embeddings: whether the residual stream of a transformer, which layer norms run over, may lose units.
 
     Raises:
         CompressionError: an axis is negative or a criterion is not registered.
@@ -29,8 +31,12 @@ class StructurePruner:
     """
 
     def __init__(
-        self, pruning_axis: Mapping[str, int] | None = None, criterions: Mapping[str, str] | None = None
+        self,
+        pruning_axis: Mapping[str, int] | None = None,
+        criterions: Mapping[str, str] | None = None,
+        embeddings: bool = False,
     ) -> None:
+        self.embeddings = embeddings
         self.pruning_axis = dict(pruning_axis or {"*": 0})
         self.criterions = dict(criterions or {"*": "l1_norm"})
         for pattern, axis in self.pruning_axis.items():
@@ -44,6 +50,7 @@ class StructurePruner:
         Raises:
             CompressionError: no parameter has such a name, or none of those named can lose units (it says why).
         """
+        graph = self.narrowed(graph)
         names = list(graph.parameters)
         named = set(select(pruned_params, names, "pruned_params"))
         spared = {name for pattern in ignore for name in select(pattern, names, "ignore")}
@@ -55,7 +62,11 @@ class StructurePruner:
             raise CompressionError(
                 f"pruned_params: {pruned_params!r} names nothing that can lose units{_why(graph, named)}"
             )
-        return groups
+        return one_factor_each(graph, groups)
+
+    def narrowed(self, graph: Graph) -> Graph:
+        """The same graph with the groups frozen that this pruner leaves alone."""
+        return graph if self.embeddings else without_embeddings(graph)
 
     def _ranks(self, slot: Slot) -> bool:
         return lookup(self.pruning_axis, slot.tensor) == slot.dim

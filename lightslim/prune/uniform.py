@@ -63,7 +63,7 @@ class UniformPruning:
             scores = {group.axis: self.pruner.importance(group, tensors) for group in groups}
             return {axis: self.pruner.keep(score, solution.widths[axis]) for axis, score in scores.items()}
 
-        graph, kept = feasible(record(probe), probe, choose)
+        graph, kept = feasible(self.pruner.narrowed(record(probe)), probe, choose)
         cut = plan(probe.module, graph, kept)
         return cut, self._report(probe.module, graph, kept, cut, found[-1])
 
@@ -94,6 +94,7 @@ def prune(
     ignore: Sequence[str] = (),
     round_to: int = 8,
     min_units: int = 1,
+    embeddings: bool = False,
 ) -> PruneReport:
     """Remove a share of a plain module's FLOPs, in place, by taking the same ratio of units from every layer.
 
@@ -106,6 +107,7 @@ def prune(
         ignore: patterns of parameters whose units stay.
         round_to: layers of ``4 * round_to`` units or more keep a multiple of it.
         min_units: no layer keeps fewer units than this.
+        embeddings: whether the residual stream of a transformer may lose units too.
 
     Returns:
         What was cut, and what could not be and why.
@@ -120,7 +122,7 @@ def prune(
         >>> net[0].out_channels, net[2].in_channels, net[2].out_channels
         (8, 8, 4)
     """
-    pruner = StructurePruner(criterions={"*": criterion})
+    pruner = StructurePruner(criterions={"*": criterion}, embeddings=embeddings)
     task = UniformPruning(pruner, target_ratio, pruned_params, ignore, Rounding(round_to, min_units))
     cut, report = task.plan(forward_probe(model, example_inputs))
     apply(model, cut)
