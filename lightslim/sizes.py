@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def sizes_from_shapes(module: nn.Module, shapes: Shapes) -> dict[str, Any]:
     return rule(module, vector) if rule is not None and vector is not None else {}
 
 
-def sizes_from_axes(module: nn.Module, made: Iterable[Made], kept: Mapping[Axis, int]) -> dict[str, Any]:
+def sizes_from_axes(module: nn.Module, made: Iterable[Made], kept: Mapping[Axis, int]) -> list[dict[str, Any]]:
     """The ints, and lists and tuples of ints, on ``module`` that equal the size of an axis which shrinks.
 
     Args:
@@ -39,25 +40,31 @@ def sizes_from_axes(module: nn.Module, made: Iterable[Made], kept: Mapping[Axis,
         kept: how many units remain of each leaf that loses some.
 
     Returns:
-        Attribute name to the value after the cut. Where two axes of one size shrink differently the more frequent wins;
-        whether that was right is for a trial to find out.
+        What they may be after the cut, attribute name to value, the likeliest first: where axes of one size shrink
+        differently, or one does not, a trial has to find out which is meant. Empty where there are none.
     """
+    if isinstance(module, tuple(_RULES)) and not isinstance(module, HOLD_SIZES):
+        return []  # the shapes of its weights say it all
     after: dict[int, Counter[int]] = {}
     for axis in {id(axis): axis for one in made for axis in one.touched}.values():
-        if (left := count(axis, kept)) != axis.size:
-            after.setdefault(axis.size, Counter())[left] += 1
-    new = {size: lefts.most_common(1)[0][0] for size, lefts in after.items()}
-    changed = {name: _replaced(value, new) for name, value in vars(module).items()}
-    return {name: value for name, value in changed.items() if value is not None}
+        after.setdefault(axis.size, Counter())[count(axis, kept)] += 1
+    new = {size: sorted(left, key=lambda n: (n == size, -left[n])) for size, left in after.items() if set(left) != {size}}
+    choices = {name: _replaced(value, new) for name, value in vars(module).items()}
+    choices = {name: values for name, values in choices.items() if values}
+    combined = islice(product(*choices.values()), MOST_READINGS) if choices else ()
+    return [dict(zip(choices, values, strict=True)) for values in combined]
 
 
-def _replaced(value: Any, new: Mapping[int, int]) -> Any:
-    """``value`` with each size that changes in it changed; None if there is none."""
+MOST_READINGS = 8
+
+
+def _replaced(value: Any, new: Mapping[int, list[int]]) -> list[Any]:
+    """What ``value`` may become when the sizes in it change."""
     if type(value) is int:
-        return new.get(value)
+        return new.get(value, [])
     if type(value) in (tuple, list, torch.Size) and any(type(item) is int and item in new for item in value):
-        return type(value)(new.get(item, item) if type(item) is int else item for item in value)
-    return None
+        return [type(value)(new.get(item, [item])[0] if type(item) is int else item for item in value)]
+    return []
 
 
 def _convolution(module: nn.Module, weight: Sequence[int]) -> dict[str, Any]:

@@ -92,9 +92,11 @@ def _with_python_sizes(
     sizes = kept_sizes(kept)
     for path, child in module.named_modules():
         if path in graph.follow or isinstance(child, HOLD_SIZES):
-            for attribute, value in sizes_from_axes(child, graph.made_by(path), sizes).items():
-                if (path, attribute) not in done:
-                    yield Rewrite(path, attribute, getattr(child, attribute), value)
+            readings = sizes_from_axes(child, graph.made_by(path), sizes) or [{}]
+            for attribute, value in readings[min(graph.follow.get(path, 0), len(readings) - 1)].items():
+                before = getattr(child, attribute)
+                if (path, attribute) not in done and before != value:
+                    yield Rewrite(path, attribute, before, value)
 
 
 def parameters_after(module: nn.Module, cut: Cut) -> int:

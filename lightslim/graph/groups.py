@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -80,7 +80,8 @@ class Graph:
         batch_size: samples in the recorded step.
         traces: what each op made, in order, by mode (False for evaluation, True for training).
         heads: leaves along which products of matrices are independent.
-        follow: paths of modules whose Python holds sizes that have to change with the axes they equal.
+        follow: paths of modules whose Python holds sizes that have to change with the axes they equal, and which
+            reading of them to take where there are several.
     """
 
     groups: tuple[Group, ...]
@@ -94,7 +95,7 @@ class Graph:
     batch_size: int
     traces: Mapping[bool, Sequence[Made]]
     heads: frozenset[Axis] = frozenset()
-    follow: frozenset[str] = frozenset()
+    follow: Mapping[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)

@@ -5,6 +5,7 @@ first; if that is not enough, the groups whose units pass there are frozen. Modu
 what was learned of two of them goes for all.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -48,7 +49,7 @@ class _Lessons:
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
         self.modules: dict[str, nn.Module] = dict(probe.module.named_modules())
-        self.followed: set[type[nn.Module]] = set()
+        self.readings: Counter[type[nn.Module]] = Counter()
         self.frozen_at: set[tuple[type[nn.Module], Place]] = set()
 
     def failure(self, graph: Graph, kept: Kept) -> Failure | None:
@@ -74,22 +75,29 @@ class _Lessons:
         return None
 
     def following(self, graph: Graph, kept: Kept, failure: Failure) -> Graph | None:
-        """The same graph in which the sizes in the Python of a failed module's class follow the cut.
+        """The same graph in which the sizes in the Python of a failed module's class follow the cut, in a new reading.
 
-        None where no module at the place of the failure holds such sizes, or they follow already.
+        None where no module at the place of the failure holds such sizes, or every reading has failed.
         """
         for path in failure.where:
-            kind = type(self.modules[path])
-            if kind not in self.followed and sizes_from_axes(self.modules[path], graph.made_by(path), kept_sizes(kept)):
-                self.followed.add(kind)
-                return replace(graph, follow=graph.follow | {p for p, m in self.modules.items() if type(m) is kind})
+            kind, tried = type(self.modules[path]), self.readings[type(self.modules[path])]
+            if tried < len(sizes_from_axes(self.modules[path], graph.made_by(path), kept_sizes(kept))):
+                self.readings[kind] = tried + 1
+                return self._follow(graph, kind, tried)
         return None
+
+    def _follow(self, graph: Graph, kind: type[nn.Module], reading: int) -> Graph:
+        paths = [path for path, module in self.modules.items() if type(module) is kind]
+        return replace(graph, follow={**graph.follow, **dict.fromkeys(paths, reading)})
 
     def freezing(self, graph: Graph, kept: Kept, failure: Failure) -> Graph:
         """The same graph without the group that breaks the model; when its place did so before, in all its class."""
         groups = [group for group in graph if group.axis in kept]
         culprit, failure, path = self._culprit(graph, groups, kept, failure)
         refused = [culprit, *self._siblings(graph, groups, culprit, path)]
+        for kind in [kind for kind, tried in self.readings.items() if tried > 1]:
+            self.readings[kind] = 1
+            graph = self._follow(graph, kind, 0)
         return graph.without(refused, f"the model does not stand this cut: {failure.reason}")
 
     def _culprit(self, graph: Graph, groups: list[Group], kept: Kept, failure: Failure) -> tuple[Group, Failure, str]:
