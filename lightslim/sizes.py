@@ -48,7 +48,9 @@ def sizes_from_axes(module: nn.Module, made: Iterable[Made], kept: Mapping[Axis,
     after: dict[int, Counter[int]] = {}
     for axis in {id(axis): axis for one in made for axis in one.touched}.values():
         after.setdefault(axis.size, Counter())[count(axis, kept)] += 1
-    new = {size: sorted(left, key=lambda n: (n == size, -left[n])) for size, left in after.items() if set(left) != {size}}
+    new = {
+        size: sorted(left, key=lambda n: (n == size, -left[n])) for size, left in after.items() if set(left) != {size}
+    }
     choices = {name: _replaced(value, new) for name, value in vars(module).items()}
     choices = {name: values for name, values in choices.items() if values}
     combined = islice(product(*choices.values()), MOST_READINGS) if choices else ()
@@ -82,11 +84,17 @@ def _linear(_: nn.Module, weight: Sequence[int]) -> dict[str, Any]:
     return {"out_features": weight[0], "in_features": weight[1]}
 
 
+def _group_norm(module: nn.Module, weight: Sequence[int]) -> dict[str, Any]:
+    assert isinstance(module, nn.GroupNorm)
+    groups = weight[0] if module.num_groups == module.num_channels else module.num_groups
+    return {"num_channels": weight[0], "num_groups": groups}
+
+
 _RULES: dict[type[nn.Module], Callable[[nn.Module, Sequence[int]], dict[str, Any]]] = {
     _ConvNd: _convolution,
     nn.Linear: _linear,
     _NormBase: lambda _, weight: {"num_features": weight[0]},
-    nn.GroupNorm: lambda _, weight: {"num_channels": weight[0]},
+    nn.GroupNorm: _group_norm,
     nn.LayerNorm: lambda _, weight: {"normalized_shape": tuple(weight)},
     nn.RMSNorm: lambda _, weight: {"normalized_shape": tuple(weight)},
     nn.Embedding: lambda _, weight: {"num_embeddings": weight[0], "embedding_dim": weight[1]},

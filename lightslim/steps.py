@@ -69,7 +69,7 @@ class Probe:
 
 @contextlib.contextmanager
 def _plain_attention() -> Iterator[None]:
-    """``nn.TransformerEncoderLayer`` has a fused way through evaluation that hides its steps; off for the time being."""
+    """``nn.TransformerEncoderLayer`` has a fused way through evaluation that hides its steps; off meanwhile."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

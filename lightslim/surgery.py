@@ -81,9 +81,7 @@ def plan(module: nn.Module, graph: Graph, kept: Kept) -> Cut:
     return Cut(slices, tuple(_with_python_sizes(module, graph, kept, _rewrites(module, _shapes_after(module, slices)))))
 
 
-def _with_python_sizes(
-    module: nn.Module, graph: Graph, kept: Kept, rewrites: Iterable[Rewrite]
-) -> Iterator[Rewrite]:
+def _with_python_sizes(module: nn.Module, graph: Graph, kept: Kept, rewrites: Iterable[Rewrite]) -> Iterator[Rewrite]:
     """The sizes read off the shapes of weights, then those in the code of modules that are to follow the cut."""
     done = set()
     for item in rewrites:

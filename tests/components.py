@@ -6,13 +6,17 @@ A strategy's row makes a fresh one that acts at epoch 1; a new component without
 from collections.abc import Callable
 from typing import Any
 
-from lightslim import QuantizationStrategy, StructurePruner, UniformPruneStrategy, export, quantize
+from lightslim import QuantizationStrategy, StructurePruner, UniformPruneStrategy, export, prune, quantize
 from lightslim.prune import l1_norm
 
 ROWS: dict[tuple[str, str], Callable[[], Any]] = {
     ("strategy", "UniformPruneStrategy"): lambda: UniformPruneStrategy(target_ratio=0.5, start_epoch=1),
     ("pruner", "StructurePruner"): lambda: StructurePruner({"*": 0}, {"*": "l1_norm"}),
     ("criterion", "l1_norm"): lambda: l1_norm,
+    ("criterion", "l2_norm"): lambda: prune.l2_norm,
+    ("criterion", "bn_scale"): lambda: prune.bn_scale,
+    ("criterion", "fpgm"): lambda: prune.fpgm,
+    ("criterion", "random"): lambda: prune.random,
     ("strategy", "QuantizationStrategy"): lambda: QuantizationStrategy(
         start_epoch=1, activation_quantize_type="moving_average_abs_max"
     ),

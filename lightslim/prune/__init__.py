@@ -1,8 +1,19 @@
 """Structural pruning: units leave the model for good, and it gets smaller and faster in every runtime."""
 
-from lightslim.prune.criteria import l1_norm
+from lightslim.prune.criteria import bn_scale, fpgm, l1_norm, l2_norm, random
 from lightslim.prune.pruner import StructurePruner
 from lightslim.prune.report import PruneReport
 from lightslim.prune.uniform import UniformPruneStrategy, find_groups, prune
 
-__all__ = ["PruneReport", "StructurePruner", "UniformPruneStrategy", "find_groups", "l1_norm", "prune"]
+__all__ = [
+    "PruneReport",
+    "StructurePruner",
+    "UniformPruneStrategy",
+    "bn_scale",
+    "find_groups",
+    "fpgm",
+    "l1_norm",
+    "l2_norm",
+    "prune",
+    "random",
+]

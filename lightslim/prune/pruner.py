@@ -87,12 +87,18 @@ class StructurePruner:
             CompressionError: a weight holds NaN or infinity, or no criterion is given for it.
         """
         slots = [slot for slot in group.weights if self._ranks(slot)] or list(group.weights)
-        return torch.stack([group.gather(slot, self._score(slot, tensors)).cpu() for slot in slots]).sum(0)
+        named = [(slot, self._criterion(slot)) for slot in slots]
+        if all(getattr(self._functions[name], "reads", None) == "norm" for _, name in named):
+            named = [(slot, named[0][1]) for slot in _norm_scales(group)] or named
+        return torch.stack([group.gather(slot, self._score(slot, name, tensors)).cpu() for slot, name in named]).sum(0)
 
-    def _score(self, slot: Slot, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _criterion(self, slot: Slot) -> str:
         name = lookup(self.criterions, slot.tensor)
         if name is None:
             raise CompressionError(f"criterions: no pattern fits {slot.tensor!r}; add '*'")
+        return name
+
+    def _score(self, slot: Slot, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         scores: Tensor = self._functions[name](tensors[slot.tensor], axis=slot.dim)
         if not bool(torch.isfinite(scores).all()):
             raise CompressionError(f"{slot.tensor} holds NaN or infinite values: it cannot be ranked by {name}")
@@ -103,6 +109,13 @@ class StructurePruner:
         """Bool mask of the ``count`` best units; among equals the lower index stays."""
         best = torch.argsort(scores, descending=True, stable=True)[:count]
         return torch.zeros(len(scores), dtype=torch.bool).index_fill_(0, best, True)
+
+
+def _norm_scales(group: Group) -> list[Slot]:
+    """The scales of the batch norms that the units go through: they lie beside a running mean."""
+    names = {slot.tensor for slot in group.slots}
+    norms = {name.removesuffix("running_mean") for name in names if name.endswith("running_mean")}
+    return [slot for slot in group.slots if slot.tensor.removesuffix("weight") in norms]
 
 
 def _why(graph: Graph, named: set[str]) -> str:

@@ -110,9 +110,7 @@ class _Lessons:
                 return *self._first_to_break(graph, suspects, kept, again), path
         return *self._first_to_break(graph, groups, kept, failure), ""
 
-    def _first_to_break(
-        self, graph: Graph, groups: list[Group], kept: Kept, failure: Failure
-    ) -> tuple[Group, Failure]:
+    def _first_to_break(self, graph: Graph, groups: list[Group], kept: Kept, failure: Failure) -> tuple[Group, Failure]:
         """The group that first breaks the model when they are cut in order, by bisection over how many are cut."""
         runs, fails = 0, len(groups)
         while fails - runs > 1:
