@@ -15,12 +15,13 @@ from tiny import TinyModule, loaders
 from lightslim import UniformPruneStrategy
 
 options = json.loads(sys.argv[1])
+batches = options.pop("accumulate_grad_batches", 1)
 pl.seed_everything(0, verbose=False)
 module = TinyModule("adam")
 strategy = UniformPruneStrategy(target_ratio=0.5, start_epoch=1)
 trainer = pl.Trainer(
     accelerator="cpu", devices=2, max_epochs=3, callbacks=[strategy], logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False,
+    enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=batches,
     strategy=DDPStrategy(process_group_backend="gloo", **options),
     default_root_dir=sys.argv[2],
 )
@@ -33,7 +34,17 @@ open(f"{sys.argv[2]}/{trainer.global_rank}.json", "w").write(json.dumps(record))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"gradient_as_bucket_view": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"static_graph": True},
+        {"gradient_as_bucket_view": True},
+        {"find_unused_parameters": True},
+        {"accumulate_grad_batches": 2},
+    ],
+    ids=str,
+)
 def test_two_processes_cut_the_same_units_and_stay_equal(tmp_path, options):
     script = tmp_path / "fit.py"
     script.write_text(SCRIPT)
