@@ -141,8 +141,8 @@ def apply(module: nn.Module, cut: Cut, optimizers: Iterable[Optimizer] = ()) -> 
     Args:
         module: the model; its parameters keep their identity, their gradients are dropped.
         cut: from :func:`plan`, for a model of these very shapes.
-        optimizers: state tensors of a parameter's old shape are cut like it, scalars stay, any other is dropped with a
-            warning (the optimizer starts that parameter afresh).
+        optimizers: state tensors of a parameter's old shape (or 1 along some dimensions) are cut like it, scalars
+            stay, any other is dropped with a warning (the optimizer starts that parameter afresh).
 
     Returns:
         A function that undoes it all, optimizer state excepted.
@@ -205,11 +205,20 @@ def cut_optimizer_state(optimizer: Optimizer, parameter: Tensor, slices: Iterabl
     if not state:
         return
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
-    if all(value.shape == parameter.shape for value in tensors.values()):
-        state.update({key: _cut_tensor(value, slices) for key, value in tensors.items()})
+    if all(_lies_along(value, parameter) for value in tensors.values()):
+        state.update({key: _cut_state(value, parameter, slices) for key, value in tensors.items()})
     else:
         del optimizer.state[parameter]
         _warn_dropped(optimizer, {key: tuple(value.shape) for key, value in tensors.items()})
+
+
+def _lies_along(state: Tensor, parameter: Tensor) -> bool:
+    """Whether ``state`` has the parameter's shape, or 1 where it keeps one number for a whole dimension (Adafactor)."""
+    return state.ndim == parameter.ndim and all(a in (1, b) for a, b in zip(state.shape, parameter.shape, strict=True))
+
+
+def _cut_state(state: Tensor, parameter: Tensor, slices: Iterable[Slice]) -> Tensor:
+    return _cut_tensor(state, [item for item in slices if state.shape[item.dim] == parameter.shape[item.dim]])
 
 
 def _warn_dropped(optimizer: Optimizer, shapes: Mapping[str, tuple[int, ...]]) -> None:
