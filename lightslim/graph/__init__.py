@@ -2,6 +2,7 @@
 
 from lightslim.graph.axes import Axis, count, factors, leaves
 from lightslim.graph.groups import FrozenGroup, Graph, Group, Kept, Slot, kept_sizes, masks_of, record
+from lightslim.graph.picture import dot
 from lightslim.graph.trace import Made, ShapeTrace, disagreement
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Slot",
     "count",
     "disagreement",
+    "dot",
     "factors",
     "kept_sizes",
     "leaves",
