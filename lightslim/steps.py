@@ -63,8 +63,19 @@ class Probe:
         grad = torch.enable_grad() if training or self.needs_grad else torch.no_grad()
         with untouched(self.module), captured_log(self.module) as log, stubbed_optimizers(self.module), self.context():
             self.module.train(training)
-            with grad, torch.compiler.set_stance("force_eager"):
+            with grad, torch.compiler.set_stance("force_eager"), _plain_attention():
                 return step(), log
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """``nn.TransformerEncoderLayer`` has a fused way through evaluation that hides its steps; off meanwhile."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def forward_probe(module: nn.Module, example_inputs: Any) -> Probe:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightslim.errors import CompressionError
-from lightslim.graph import Graph, Kept, masks_of
-from lightslim.sizes import sizes_from_shapes
+from lightslim.graph import Graph, Kept, kept_sizes, masks_of
+from lightslim.sizes import HOLD_SIZES, sizes_from_axes, sizes_from_shapes
 
 CHECKPOINT_KEY = "lightslim"
 
@@ -78,7 +78,23 @@ def plan(module: nn.Module, graph: Graph, kept: Kept) -> Cut:
         Slice(slot.tensor, slot.dim, len(positions), tuple(positions.nonzero().flatten().tolist()))
         for slot, positions in masks_of(graph.slots, kept).items()
     )
-    return Cut(slices, tuple(_rewrites(module, _shapes_after(module, slices))))
+    return Cut(slices, tuple(_with_python_sizes(module, graph, kept, _rewrites(module, _shapes_after(module, slices)))))
+
+
+def _with_python_sizes(module: nn.Module, graph: Graph, kept: Kept, rewrites: Iterable[Rewrite]) -> Iterator[Rewrite]:
+    """The sizes read off the shapes of weights, then those in the code of modules that are to follow the cut."""
+    done = set()
+    for item in rewrites:
+        done.add((item.module, item.attribute))
+        yield item
+    sizes = kept_sizes(kept)
+    for path, child in module.named_modules():
+        if path in graph.follow or isinstance(child, HOLD_SIZES):
+            readings = sizes_from_axes(child, graph.made_by(path), sizes) or [{}]
+            for attribute, value in readings[min(graph.follow.get(path, 0), len(readings) - 1)].items():
+                before = getattr(child, attribute)
+                if (path, attribute) not in done and before != value:
+                    yield Rewrite(path, attribute, before, value)
 
 
 def parameters_after(module: nn.Module, cut: Cut) -> int:
@@ -125,8 +141,8 @@ def apply(module: nn.Module, cut: Cut, optimizers: Iterable[Optimizer] = ()) -> 
     Args:
         module: the model; its parameters keep their identity, their gradients are dropped.
         cut: from :func:`plan`, for a model of these very shapes.
-        optimizers: state tensors of a parameter's old shape are cut like it, scalars stay, any other is dropped with a
-            warning (the optimizer starts that parameter afresh).
+        optimizers: state tensors of a parameter's old shape (or 1 along some dimensions) are cut like it, scalars
+            stay, any other is dropped with a warning (the optimizer starts that parameter afresh).
 
     Returns:
         A function that undoes it all, optimizer state excepted.
@@ -189,11 +205,20 @@ def cut_optimizer_state(optimizer: Optimizer, parameter: Tensor, slices: Iterabl
     if not state:
         return
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
-    if all(value.shape == parameter.shape for value in tensors.values()):
-        state.update({key: _cut_tensor(value, slices) for key, value in tensors.items()})
+    if all(_lies_along(value, parameter) for value in tensors.values()):
+        state.update({key: _cut_state(value, parameter, slices) for key, value in tensors.items()})
     else:
         del optimizer.state[parameter]
         _warn_dropped(optimizer, {key: tuple(value.shape) for key, value in tensors.items()})
+
+
+def _lies_along(state: Tensor, parameter: Tensor) -> bool:
+    """Whether ``state`` has the parameter's shape, or 1 where it keeps one number for a whole dimension (Adafactor)."""
+    return state.ndim == parameter.ndim and all(a in (1, b) for a, b in zip(state.shape, parameter.shape, strict=True))
+
+
+def _cut_state(state: Tensor, parameter: Tensor, slices: Iterable[Slice]) -> Tensor:
+    return _cut_tensor(state, [item for item in slices if state.shape[item.dim] == parameter.shape[item.dim]])
 
 
 def _warn_dropped(optimizer: Optimizer, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -18,6 +18,7 @@ from lightslim import (
     StructurePruner,
     UniformPruneStrategy,
     export,
+    prune,
     quantize,
 )
 from lightslim.prune import l1_norm
@@ -29,6 +30,10 @@ ROWS: dict[tuple[str, str], Callable[[], Any]] = {
     ),
     ("pruner", "StructurePruner"): lambda: StructurePruner({"*": 0}, {"*": "l1_norm"}),
     ("criterion", "l1_norm"): lambda: l1_norm,
+    ("criterion", "l2_norm"): lambda: prune.l2_norm,
+    ("criterion", "bn_scale"): lambda: prune.bn_scale,
+    ("criterion", "fpgm"): lambda: prune.fpgm,
+    ("criterion", "random"): lambda: prune.random,
     ("strategy", "QuantizationStrategy"): lambda: QuantizationStrategy(
         start_epoch=1, activation_quantize_type="moving_average_abs_max"
     ),

@@ -21,12 +21,13 @@ strategies = {
     ),
 }
 options = json.loads(sys.argv[1])
+batches = options.pop("accumulate_grad_batches", 1)
 pl.seed_everything(0, verbose=False)
 module = TinyModule("adam")
 strategy = strategies[sys.argv[3]]()
 trainer = pl.Trainer(
     accelerator="cpu", devices=2, max_epochs=3, callbacks=[strategy], logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False,
+    enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=batches,
     strategy=DDPStrategy(process_group_backend="gloo", **options),
     default_root_dir=sys.argv[2],
 )
@@ -46,8 +47,11 @@ open(f"{sys.argv[2]}/{trainer.global_rank}.json", "w").write(json.dumps(record))
         ("uniform", {}),
         ("uniform", {"static_graph": True}),
         ("uniform", {"gradient_as_bucket_view": True}),
+        ("uniform", {"find_unused_parameters": True}),
+        ("uniform", {"accumulate_grad_batches": 2}),
         ("sensitive", {}),
     ],
+    ids=str,
 )
 def test_two_processes_cut_the_same_units_and_stay_equal(tmp_path, kind, options):
     script = tmp_path / "fit.py"

@@ -33,8 +33,8 @@ class Witness(pl.Callback):
             assert sorted(map(id, groups)) == sorted(map(id, trainable)), "each parameter in exactly one group"
             for optimizer in trainer.optimizers:
                 for parameter, state in optimizer.state.items():
-                    shapes = {v.shape for v in state.values() if isinstance(v, torch.Tensor) and v.numel() > 1}
-                    assert shapes <= {parameter.shape}
+                    for value in (v for v in state.values() if isinstance(v, torch.Tensor) and v.numel() > 1):
+                        assert all(a in (1, b) for a, b in zip(value.shape, parameter.shape, strict=True))
             self.weights = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
             self.gradients = {}
 

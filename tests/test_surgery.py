@@ -52,15 +52,44 @@ def test_optimizer_state_is_cut_like_its_parameter():
     optimizer.step()
 
 
-def test_state_of_another_shape_is_dropped_with_a_warning():
+def test_factored_state_is_cut_along_the_dimensions_that_it_has():
     net = randomize(TinyNet())
     optimizer = torch.optim.Adafactor(net.parameters(), lr=0.01)
     net(X).sum().backward()
     optimizer.step()
-    with pytest.warns(UserWarning, match="starts afresh"):
-        apply(net, every_second_unit(net), [optimizer])
+    old = optimizer.state[net.stem[0].weight]["row_var"].clone()
+    cut = every_second_unit(net)
+    apply(net, cut, [optimizer])
+    weight = net.stem[0].weight
+    assert torch.equal(optimizer.state[weight]["row_var"], old[::2])
     net(X).sum().backward()
     optimizer.step()
+
+
+class Flat(torch.optim.SGD):
+    """Keeps its memory as one long row."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["memory"] = parameter.grad.flatten().clone()
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [Flat, torch.optim.LBFGS])
+def test_state_of_another_shape_is_dropped_with_a_warning(kind):
+    net = randomize(TinyNet())
+    optimizer = kind(net.parameters(), lr=0.01)
+
+    def loss():
+        optimizer.zero_grad()
+        value = net(X).square().mean()
+        value.backward()
+        return value
+
+    optimizer.step(loss) if kind is not Flat else (loss(), optimizer.step())
+    with pytest.warns(UserWarning, match="starts afresh"):
+        apply(net, every_second_unit(net), [optimizer])
+    optimizer.step(loss) if kind is not Flat else (loss(), optimizer.step())
 
 
 def test_undo_restores_every_value_and_attribute():

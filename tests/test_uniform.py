@@ -94,6 +94,16 @@ def test_residual_branches_agree_by_the_sum_of_their_norms():
     torch.testing.assert_close(StructurePruner().importance(group, tensors).double(), by_hand, rtol=1e-5, atol=1e-5)
 
 
+def test_global_ranking_takes_from_where_the_units_are_weak():
+    net = nn.Sequential(*(nn.Conv2d(a, b, 3, bias=False) for a, b in itertools.pairwise([3, 32, 32, 4])))
+    with torch.no_grad():
+        net[1].weight[:24] *= 1e-3
+    report = prune(net, torch.zeros(2, 3, 12, 12), 0.5, round_to=1, ranking="global")
+    assert report.units["0"] == (32, 32)
+    assert int((net[1].weight.abs().amax((1, 2, 3)) > 1e-2).sum()) == 8, "the strong ones all stay"
+    assert report.flops_removed == pytest.approx(0.5, abs=0.05)
+
+
 def test_outputs_are_never_cut():
     net = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert [group.name for group in find_groups(net, X)] == ["0"]
@@ -132,6 +142,7 @@ def test_a_group_whose_cut_does_not_run_is_frozen_with_the_reason():
         ({"pruned_params": "re:(["}, "not a valid regular expression"),
         ({"criterion": "l1norm"}, "did you mean 'l1_norm'"),
         ({"ignore": ["nothing"]}, "ignore: 'nothing' matches none"),
+        ({"ranking": "all"}, "ranking is 'all'; choose from layer, global"),
         ({"round_to": 0}, "round_to is 0"),
         ({"min_units": 0}, "min_units is 0"),
     ],

@@ -1,8 +1,9 @@
 """Look at a model: record one step, unify axes, find the groups of units that live or die together."""
 
-from lightslim.graph.axes import Axis, leaves
+from lightslim.graph.axes import Axis, count, factors, leaves
 from lightslim.graph.groups import FrozenGroup, Graph, Group, Kept, Slot, kept_sizes, masks_of, record
-from lightslim.graph.trace import ShapeTrace, disagreement
+from lightslim.graph.picture import dot
+from lightslim.graph.trace import Made, ShapeTrace, disagreement
 
 __all__ = [
     "Axis",
@@ -10,9 +11,13 @@ __all__ = [
     "Graph",
     "Group",
     "Kept",
+    "Made",
     "ShapeTrace",
     "Slot",
+    "count",
     "disagreement",
+    "dot",
+    "factors",
     "kept_sizes",
     "leaves",
     "masks_of",

@@ -74,6 +74,13 @@ def leaves(axis: Axis) -> list[Axis]:
     return [root] if root.kind == LEAF else [leaf for part in root.parts for leaf in leaves(part)]
 
 
+def factors(axis: Axis) -> list[tuple[Axis, ...]]:
+    """The factors of every product in ``axis``."""
+    root = find(axis)
+    inner = [product_ for part in root.parts for product_ in factors(part)]
+    return [root.parts, *inner] if root.kind == PRODUCT else inner
+
+
 def freeze(axis: Axis, reason: str) -> None:
     """Forbid the removal of any unit of ``axis``; the first reason given stays."""
     for leaf in leaves(axis):

@@ -3,7 +3,8 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -78,6 +79,9 @@ class Graph:
         unknown: ops without a rule.
         batch_size: samples in the recorded step.
         traces: what each op made, in order, by mode (False for evaluation, True for training).
+        heads: leaves along which products of matrices are independent.
+        follow: paths of modules whose Python holds sizes that have to change with the axes they equal, and which
+            reading of them to take where there are several.
     """
 
     groups: tuple[Group, ...]
@@ -90,6 +94,8 @@ class Graph:
     unknown: tuple[str, ...]
     batch_size: int
     traces: Mapping[bool, Sequence[Made]]
+    heads: frozenset[Axis] = frozenset()
+    follow: Mapping[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -108,6 +114,17 @@ class Graph:
             share = math.prod(count(axis, kept or {}) / axis.size for axis in item.axes if axis.size)
             layers[item.layer] += round(item.flops * share / self.batch_size)
         return dict(layers)
+
+    def made_by(self, path: str) -> Sequence[Made]:
+        """The ops that the own code of the module at ``path`` ran, of all runs."""
+        return self._by_path.get(path, ())
+
+    @cached_property
+    def _by_path(self) -> dict[str, list[Made]]:
+        paths: dict[str, list[Made]] = {}
+        for made in (made for trace in self.traces.values() for made in trace):
+            paths.setdefault(made.where, []).append(made)
+        return paths
 
     def without(self, refused: Iterable[Group], reason: str) -> "Graph":
         """The same graph with some groups frozen for ``reason``."""
@@ -173,6 +190,7 @@ def _graph(book: Recorder, probe: Probe, traces: Mapping[bool, Sequence[Made]], 
         unknown=tuple(sorted(book.unknown)),
         batch_size=probe.batch_size,
         traces=traces,
+        heads=frozenset(leaf for axis in book.parallel for leaf in leaves(axis)),
     )
 
 

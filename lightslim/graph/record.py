@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightslim.graph.axes import Axis, freeze
 from lightslim.graph.rules import fresh, pointwise
 from lightslim.graph.table import RULES
-from lightslim.graph.trace import Made
+from lightslim.graph.trace import Made, whereabouts
 from lightslim.steps import tensors_in
 
 Axes = Sequence[Axis]
@@ -38,6 +38,7 @@ class Recorder(TorchDispatchMode):
     Attributes:
         work: the FLOPs of each op of the runs watched with ``counting`` on.
         reads: axes that some weight contracts over, i.e. whose units a later layer reads.
+        parallel: axes along which products of matrices are independent: the heads of an attention.
         unknown: names of ops without a rule; all they touched is frozen.
         reached: the axes of the parameters and buffers that some op used.
         trace: what each op of the runs made, in order.
@@ -51,12 +52,14 @@ class Recorder(TorchDispatchMode):
         self.counting = True
         self.work: list[Work] = []
         self.reads: list[Axis] = []
+        self.parallel: list[Axis] = []
         self.unknown: set[str] = set()
         self.reached: dict[str, Axes] = {}
         self.trace: list[Made] = []
         self._axes = WeakTensorKeyDictionary()
         self._origin = WeakTensorKeyDictionary()
         self._spent: tuple[str, tuple[Axis, ...]] = ("", ())
+        self._where = [""]
 
     def __getitem__(self, tensor: Tensor) -> Axes:
         if tensor not in self._axes:
@@ -101,7 +104,7 @@ class Recorder(TorchDispatchMode):
 
         handle = self.module.register_forward_hook(outputs)
         try:
-            with self:
+            with whereabouts(self.module) as self._where, self:
                 yield
         finally:
             handle.remove()
@@ -143,7 +146,8 @@ class Recorder(TorchDispatchMode):
             if tensor not in self._axes:
                 reason = f"made by {_name(func)}" if ins else None
                 self[tensor] = [Axis(size, reason) for size in tensor.shape]
-        self.trace.append(Made(_name(func), tuple(tuple(self[tensor]) for tensor in outs)))
+        made, read = (tuple(tuple(self[tensor]) for tensor in tensors) for tensors in (outs, ins))
+        self.trace.append(Made(_name(func), made, read, self._where[-1]))
 
     def _inherit_origin(self, ins: list[Tensor], outs: list[Tensor]) -> None:
         origins = [self.origin(tensor) for tensor in ins]

@@ -61,6 +61,15 @@ def same(book: "Recorder", out: Any, self: Tensor, **_: Any) -> None:
             book[result] = book[self]
 
 
+def restrided(book: "Recorder", out: Tensor, self: Tensor, size: Sequence[int], **_: Any) -> None:
+    """Other strides in memory; where the shape is another too, nothing is known."""
+    if list(self.shape) == list(size):
+        book[out] = book[self]
+    else:
+        for axis in book[self]:
+            freeze(axis, "its memory is addressed by strides")
+
+
 def loss(book: "Recorder", out: Tensor, self: Tensor, target: Tensor, **_: Any) -> None:
     """Prediction and target are compared element by element; the result is reduced or not."""
     compared = _broadcast([book[self], book[target]], self.shape)
@@ -120,6 +129,7 @@ def matmul(book: "Recorder", out: Tensor, func: Any, **arguments: Any) -> None:
     unify_all([*zip(batch_a, batch_b, strict=True), (inner, inner_b)])
     book.contract(b, inner)
     book.contract(a, inner)
+    book.parallel += batch_a
     book.spend((*batch_a, rows, inner, columns), b if book.origin(b) else a)
     book[out] = _broadcast([(*batch_a, rows, columns), *(book[tensor] for tensor in bias)], out.shape)
 
@@ -134,11 +144,20 @@ def linear(book: "Recorder", out: Tensor, input: Tensor, weight: Tensor, bias: T
     book[out] = [*book[input][:-1], book[weight][0]]
 
 
-def attention(book: "Recorder", out: Any, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> None:
-    """Scaled dot product: heads go together; the width of a head sets the scale, so it stays."""
+def attention(
+    book: "Recorder", out: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, **_: Any
+) -> None:
+    """Scaled dot product: heads go together, grouped ones by group; the width of a head may set the scale."""
     q, k, v = book[query], book[key], book[value]
-    unify_all([*zip(q[:-2], k[:-2], strict=True), *zip(q[:-2], v[:-2], strict=True), (q[-1], k[-1]), (k[-2], v[-2])])
-    freeze(q[-1], "the width of an attention head, which sets the scale")
+    if query.ndim > 3 and query.shape[-3] != key.shape[-3]:
+        unify(q[-3], product((k[-3], Axis(query.shape[-3] // key.shape[-3]))))
+        unify_all([*zip(q[:-3], k[:-3], strict=True), (k[-3], v[-3]), *zip(q[:-3], v[:-3], strict=True)])
+    else:
+        unify_all([*zip(q[:-2], k[:-2], strict=True), *zip(q[:-2], v[:-2], strict=True)])
+    unify_all([(q[-1], k[-1]), (k[-2], v[-2])])
+    if scale is None:
+        freeze(q[-1], "the width of an attention head, which sets the scale")
+    book.parallel += q[:-2]
     book.spend((*q[:-2], q[-2], k[-2]), query)
     book[_flat([out])[0]] = [*q[:-1], v[-1]]
 
@@ -162,7 +181,8 @@ def layer_norm(book: "Recorder", out: Any, input: Tensor, normalized_shape: Sequ
 def group_norm(book: "Recorder", out: Any, input: Tensor, group: int, **arguments: Any) -> None:
     """Channels are groups x rest; the groups stay, so every group keeps the same share of its channels."""
     channels = book[input][1]
-    unify(channels, product((Axis(group, "the number of normalisation groups"), Axis(channels.size // group))))
+    if group < channels.size:  # else each channel is a group of its own, which may go
+        unify(channels, product((Axis(group, "the number of normalisation groups"), Axis(channels.size // group))))
     for weight in (arguments.get("weight"), arguments.get("bias")):
         if weight is not None:
             unify(book[weight][0], channels)
@@ -182,11 +202,11 @@ def spatial(book: "Recorder", out: Any, func: Any, **arguments: Any) -> None:
 def reduce(
     book: "Recorder", out: Any, func: Any, self: Tensor, dim: Any = None, keepdim: bool = False, **_: Any
 ) -> None:
-    """Reduced dimensions vanish. A sum stands the loss of units; a mean, maximum or index would change its meaning."""
+    """Reduced dimensions vanish. A sum or norm stands the loss of units; for others it would change the meaning."""
     dims = (
         {d % self.ndim for d in _flat([dim])} if dim is not None and dim != [] and self.ndim else set(range(self.ndim))
     )
-    if len(dims) < self.ndim and func.overloadpacket.__name__ != "sum":
+    if len(dims) < self.ndim and func.overloadpacket.__name__ not in ("sum", "linalg_vector_norm"):
         for d in dims:
             freeze(book[self][d], f"reduced by {func.overloadpacket.__name__}")
     kept = [Axis(1) if d in dims else axis for d, axis in enumerate(book[self]) if keepdim or d not in dims]
@@ -361,32 +381,3 @@ def pad(book: "Recorder", out: Tensor, self: Tensor, pad: Sequence[int], **_: An
         else:
             axes[d] = total([fixed(before, "padding"), axes[d], fixed(after, "padding")])
     book[out] = axes
-
-
-def pixel_shuffle(book: "Recorder", out: Tensor, self: Tensor, **_: Any) -> None:
-    """Channels are output channels x r x r."""
-    channels, ratio = Axis(out.shape[-3]), self.shape[-3] // out.shape[-3]
-    unify(book[self][-3], product((channels, fixed(ratio, "pixels of a shuffle"))))
-    space = [fixed(size, "a spatial dimension") for size in out.shape[-2:]]
-    book[out] = [*book[self][:-3], channels, *space]
-
-
-def pixel_unshuffle(book: "Recorder", out: Tensor, self: Tensor, **_: Any) -> None:
-    """The way back: output channels are channels x r x r."""
-    ratio = out.shape[-3] // self.shape[-3]
-    space = [fixed(size, "a spatial dimension") for size in out.shape[-2:]]
-    book[out] = [*book[self][:-3], product((book[self][-3], fixed(ratio, "pixels of a shuffle"))), *space]
-
-
-def channel_shuffle(book: "Recorder", out: Tensor, self: Tensor, groups: int, **_: Any) -> None:
-    """Groups x rest becomes rest x groups."""
-    group, rest = fixed(groups, "the number of shuffled groups"), Axis(self.shape[1] // groups)
-    unify(book[self][1], product((group, rest)))
-    book[out] = [book[self][0], product((rest, group)), *book[self][2:]]
-
-
-def unfold(book: "Recorder", out: Tensor, self: Tensor, kernel_size: Sequence[int], **_: Any) -> None:
-    """``im2col``: channels x kernel positions, by windows."""
-    positions = fixed(math.prod(kernel_size), "kernel positions")
-    lead = out.ndim - 2
-    book[out] = [*book[self][:lead], product((book[self][lead], positions)), fixed(out.shape[-1], "windows")]

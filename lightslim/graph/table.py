@@ -1,6 +1,6 @@
 """Which ATen op belongs to which family of rules. To teach the recorder a new op, add its name to a row."""
 
-from lightslim.graph import rules
+from lightslim.graph import rules, rules_more
 
 FAMILIES: dict[rules.Rule, str] = {
     rules.convolution: """
@@ -31,6 +31,7 @@ FAMILIES: dict[rules.Rule, str] = {
         clone _to_copy detach alias lift_fresh contiguous native_dropout _fused_dropout bernoulli zeros_like
         ones_like full_like empty_like rand_like randn_like fill zero normal uniform exponential
     """,
+    rules.restrided: "as_strided as_strided_scatter",
     rules.spatial: """
         max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
         _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d
@@ -45,7 +46,8 @@ FAMILIES: dict[rules.Rule, str] = {
         argmax argmin aminmax median nanmean nansum
     """,
     rules.along: """
-        _softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp flip roll sort topk index_select
+        _softmax _safe_softmax _log_softmax _fft_r2c _fft_c2r _fft_c2c
+        cumsum cumprod cummax cummin logcumsumexp flip roll sort topk index_select
         tril triu
     """,
     rules.indexed: """
@@ -67,10 +69,19 @@ FAMILIES: dict[rules.Rule, str] = {
     rules.split: "split unsafe_split split_with_sizes unsafe_split_with_sizes chunk unsafe_chunk",
     rules.slice_: "slice",
     rules.pad: "constant_pad_nd",
-    rules.pixel_shuffle: "pixel_shuffle",
-    rules.pixel_unshuffle: "pixel_unshuffle",
-    rules.channel_shuffle: "channel_shuffle native_channel_shuffle",
-    rules.unfold: "im2col",
+    rules_more.pixel_shuffle: "pixel_shuffle",
+    rules_more.pixel_unshuffle: "pixel_unshuffle",
+    rules_more.channel_shuffle: "channel_shuffle native_channel_shuffle",
+    rules_more.unfold: "im2col",
+    rules_more.fold: "col2im",
+    rules_more.windows: "unfold",
+    rules_more.recurrent: "mkldnn_rnn_layer",
+    rules_more.weight_norm: "_weight_norm_interface",
+    rules_more.embedding_bag: "_embedding_bag _embedding_bag_forward_only",
+    rules_more.distance: "_cdist_forward",
+    rules_more.dot: "mv dot vdot",
+    rules_more.mixed: "_trilinear",
+    rules_more.complex_parts: "view_as_real view_as_complex",
 }
 
 RULES: dict[str, rules.Rule] = {name: rule for rule, names in FAMILIES.items() for name in names.split()}

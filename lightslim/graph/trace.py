@@ -4,10 +4,13 @@ A size that the model's Python holds as a constant (``view(b, 2, -1)``) can swal
 something else. Comparing every intermediate shape with the predicted one finds that out, whatever the values are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightslim.graph.axes import Axis, count, leaves
@@ -16,10 +19,24 @@ from lightslim.steps import tensors_in
 
 @dataclass(frozen=True)
 class Made:
-    """The outputs of one op, by their axes."""
+    """One op of a run.
+
+    Attributes:
+        op: its name.
+        outputs: what it made, by their axes.
+        inputs: what it made that from.
+        where: path of the module whose own code called it ("" for the whole model).
+    """
 
     op: str
     outputs: tuple[tuple[Axis, ...], ...]
+    inputs: tuple[tuple[Axis, ...], ...] = ()
+    where: str = ""
+
+    @property
+    def touched(self) -> Iterator[Axis]:
+        """Every axis of inputs and outputs."""
+        return (axis for axes in (*self.outputs, *self.inputs) for axis in axes)
 
 
 class ShapeTrace(TorchDispatchMode):
@@ -37,8 +54,8 @@ class ShapeTrace(TorchDispatchMode):
         return out
 
 
-def disagreement(expected: Sequence[Made], trace: ShapeTrace, kept: Mapping[Axis, int]) -> str | None:
-    """The first op whose shapes are not those that keeping ``kept`` units predicts; None if there is none.
+def disagreement(expected: Sequence[Made], trace: ShapeTrace, kept: Mapping[Axis, int]) -> tuple[Made, str] | None:
+    """The first op whose shapes are not those that keeping ``kept`` units predicts, and why; None if there is none.
 
     Where the runs part ways (a branch that depends on values) there is nothing more to compare.
     """
@@ -51,5 +68,26 @@ def disagreement(expected: Sequence[Made], trace: ShapeTrace, kept: Mapping[Axis
             for axis, size in zip(axes, shape, strict=True):
                 predicted = count(axis, kept)
                 if predicted != size and any(leaf in kept for leaf in leaves(axis)):
-                    return f"{op} makes a size of {size}, the cut asks for {predicted}: a size is fixed in the code"
+                    why = f"{op} makes a size of {size}, the cut asks for {predicted}: a size is fixed in the code"
+                    return made, why
     return None
+
+
+@contextmanager
+def whereabouts(module: nn.Module) -> Iterator[list[str]]:
+    """A stack whose last entry is the path of the submodule whose ``forward`` is running."""
+    names = {id(child): name for name, child in module.named_modules()}
+    stack = [""]
+
+    def enter(child: nn.Module, inputs: Any) -> None:
+        stack.append(names.get(id(child), stack[-1]))
+
+    def leave(child: nn.Module, inputs: Any, output: Any) -> None:
+        stack.pop()
+
+    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
+    try:
+        yield stack
+    finally:
+        for hook in hooks:
+            hook.remove()

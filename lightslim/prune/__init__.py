@@ -1,7 +1,7 @@
 """Structural pruning: units leave the model for good, and it gets smaller and faster in every runtime."""
 
 from lightslim.prune.analysis import sensitivity
-from lightslim.prune.criteria import l1_norm
+from lightslim.prune.criteria import bn_scale, fpgm, l1_norm, l2_norm, random
 from lightslim.prune.pruner import StructurePruner
 from lightslim.prune.report import PruneReport
 from lightslim.prune.sensitive import SensitivePruneStrategy
@@ -12,8 +12,12 @@ __all__ = [
     "SensitivePruneStrategy",
     "StructurePruner",
     "UniformPruneStrategy",
+    "bn_scale",
     "find_groups",
+    "fpgm",
     "l1_norm",
+    "l2_norm",
     "prune",
+    "random",
     "sensitivity",
 ]

@@ -277,7 +277,7 @@ def sensitivity(
         batch = trainer.strategy.batch_to_device(sample_batch(loader))
         if batch is None:
             raise CompressionError("the loader yields no batch")
-        graph = record(step_probe(module, batch, None))
+        graph = pruner.narrowed(record(step_probe(module, batch, None)))
         names = [name for name, _ in module.named_parameters()]
         groups = parameter_names(pruner.selected(graph, pruned_params, ignore), pruner, names)
         data = [loader], [float("inf")]

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from typing_extensions import override
 
-from lightslim.graph import Graph, Group
+from lightslim.graph import Axis, Graph, Group
 from lightslim.prune.analysis import parameter_names
 from lightslim.prune.ratios import Curve, common_level
 from lightslim.prune.uniform import UniformPruning
@@ -25,7 +26,7 @@ class SensitivePruning(UniformPruning):
     curves: Mapping[str, Curve] = field(default_factory=dict)
 
     @override
-    def solve(self, graph: Graph, groups: Sequence[Group]) -> Solution:
+    def solve(self, graph: Graph, groups: Sequence[Group], scores: Mapping[Axis, Tensor]) -> Solution:
         named = parameter_names(groups, self.pruner, graph.parameters)
         named = {name: group for name, group in named.items() if name in self.curves}
         removed = removal(graph)

@@ -1,8 +1,9 @@
 """Is removing units the same as zeroing them? If not, something in the model counts, scales or indexes over them."""
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import replace
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,15 @@ _NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 
 
-def changed_result(graph: Graph, probe: Probe, kept: Kept) -> str | None:
+@dataclass(frozen=True)
+class Failure:
+    """Why a cut model is not to be trusted, and the modules where that showed, the innermost first."""
+
+    reason: str
+    where: tuple[str, ...] = ("",)
+
+
+def changed_result(graph: Graph, probe: Probe, kept: Kept) -> Failure | None:
     """Compare the model cut to ``kept`` with the model whose other units are zeroed, on one evaluation step.
 
     Groups that a layer or group norm runs over are left whole for this. Both runs see the same random numbers.
@@ -30,17 +39,38 @@ def changed_result(graph: Graph, probe: Probe, kept: Kept) -> str | None:
         return None
     probe = replace(probe, context=contextlib.nullcontext)
     cut = plan(probe.module, graph, compared)
+    tolerance = _TOLERANCE.get(_dtype(probe.module), 0.1)
+    first = probe.module, *probe.module.children()
+    if all(error <= tolerance for _, error in _differences(probe, cut, first)):
+        return None
+    differ = ((path, error) for path, error in _differences(probe, cut, probe.module.modules()) if error > tolerance)
+    path, error = next(differ, ("", math.inf))
+    reason = f"removing these units is not zeroing them, the result differs by {error:.1%}: the code counts over them"
+    return Failure(reason, enclosing(path))
+
+
+def enclosing(path: str) -> tuple[str, ...]:
+    """``path`` and those of the modules around it, the innermost first.
+
+    Example:
+        >>> enclosing("layer.0.conv")
+        ('layer.0.conv', 'layer.0', 'layer', '')
+    """
+    parts = path.split(".") if path else []
+    return tuple(".".join(parts[:end]) for end in range(len(parts), -1, -1))
+
+
+def _differences(probe: Probe, cut: Cut, watched: Iterable[nn.Module]) -> list[tuple[str, float]]:
+    """How far the outputs of the ``watched`` modules, and of the step, are off when cut instead of zeroed, by path."""
+    watched = list(watched)
     with zeroed(probe.module, cut):
-        expected = _outputs(probe)
+        expected = _outputs(probe, watched)
     undo = apply(probe.module, cut)
     try:
-        got = _outputs(probe)
+        got = _outputs(probe, watched)
     finally:
         undo()
-    error = max((_difference(a, b) for a, b in zip(got, expected, strict=False)), default=0.0)
-    if error <= _TOLERANCE.get(_dtype(probe.module), 0.1):
-        return None
-    return f"removing these units is not zeroing them, the result differs by {error:.1%}: the code counts over them"
+    return [(path, _difference(b, a)) for (path, a), (_, b) in zip(expected, got, strict=False)]
 
 
 def _normalised(graph: Graph) -> set[Axis]:
@@ -65,20 +95,21 @@ def zeroed(module: nn.Module, cut: Cut) -> Iterator[None]:
             parameters[name].data = data
 
 
-def _outputs(probe: Probe) -> list[Tensor]:
-    """What the module, its direct children and the step itself return in one evaluation run, in order."""
-    found: list[Tensor] = []
+def _outputs(probe: Probe, watched: Iterable[nn.Module]) -> list[tuple[str, Tensor]]:
+    """What the ``watched`` modules and the step itself return in one evaluation run, in order, by path."""
+    found: list[tuple[str, Tensor]] = []
+    paths = {id(module): path for path, module in probe.module.named_modules()}
 
     def keep(module: nn.Module, inputs: object, output: object) -> None:
-        found.extend(tensor.detach().clone() for tensor in tensors_in(output))
+        found.extend((paths[id(module)], tensor.detach().clone()) for tensor in tensors_in(output))
 
-    handles = [child.register_forward_hook(keep) for child in (probe.module, *probe.module.children())]
+    handles = [module.register_forward_hook(keep) for module in watched]
     try:
         output, _ = probe.run()
     finally:
         for handle in handles:
             handle.remove()
-    return [*found, *(tensor.detach() for tensor in tensors_in(output))]
+    return [*found, *(("", tensor.detach()) for tensor in tensors_in(output))]
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightslim.errors import CompressionError
 from lightslim.graph import Graph, Group, Slot
 from lightslim.patterns import lookup, select
+from lightslim.prune.spared import one_factor_each, without_embeddings
 from lightslim.registry import registry
 
 
@@ -18,6 +19,7 @@ class StructurePruner:
         pruning_axis: pattern of parameter names to the dimension whose slices are ranked and removed; parameters that
             no pattern fits are never chosen (they still follow the groups they belong to). Default: ``{"*": 0}``.
         criterions: pattern of parameter names to the name of a registered criterion. Default: ``{"*": "l1_norm"}``.
+        embeddings: whether the residual stream of a transformer, which layer norms run over, may lose units.
 
     Raises:
         CompressionError: an axis is negative or a criterion is not registered.
@@ -29,8 +31,12 @@ class StructurePruner:
     """
 
     def __init__(
-        self, pruning_axis: Mapping[str, int] | None = None, criterions: Mapping[str, str] | None = None
+        self,
+        pruning_axis: Mapping[str, int] | None = None,
+        criterions: Mapping[str, str] | None = None,
+        embeddings: bool = False,
     ) -> None:
+        self.embeddings = embeddings
         self.pruning_axis = dict(pruning_axis or {"*": 0})
         self.criterions = dict(criterions or {"*": "l1_norm"})
         for pattern, axis in self.pruning_axis.items():
@@ -44,6 +50,7 @@ class StructurePruner:
         Raises:
             CompressionError: no parameter has such a name, or none of those named can lose units (it says why).
         """
+        graph = self.narrowed(graph)
         names = list(graph.parameters)
         named = set(select(pruned_params, names, "pruned_params"))
         spared = {name for pattern in ignore for name in select(pattern, names, "ignore")}
@@ -55,7 +62,11 @@ class StructurePruner:
             raise CompressionError(
                 f"pruned_params: {pruned_params!r} names nothing that can lose units{_why(graph, named)}"
             )
-        return groups
+        return one_factor_each(graph, groups)
+
+    def narrowed(self, graph: Graph) -> Graph:
+        """The same graph with the groups frozen that this pruner leaves alone."""
+        return graph if self.embeddings else without_embeddings(graph)
 
     def ranks(self, slot: Slot) -> bool:
         """Whether a slot lies along the pruning axis of its parameter."""
@@ -77,12 +88,18 @@ class StructurePruner:
             CompressionError: a weight holds NaN or infinity, or no criterion is given for it.
         """
         slots = [slot for slot in group.weights if self.ranks(slot)] or list(group.weights)
-        return torch.stack([group.gather(slot, self._score(slot, tensors)).cpu() for slot in slots]).sum(0)
+        named = [(slot, self._criterion(slot)) for slot in slots]
+        if all(getattr(self._functions[name], "reads", None) == "norm" for _, name in named):
+            named = [(slot, named[0][1]) for slot in _norm_scales(group)] or named
+        return torch.stack([group.gather(slot, self._score(slot, name, tensors)).cpu() for slot, name in named]).sum(0)
 
-    def _score(self, slot: Slot, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _criterion(self, slot: Slot) -> str:
         name = lookup(self.criterions, slot.tensor)
         if name is None:
             raise CompressionError(f"criterions: no pattern fits {slot.tensor!r}; add '*'")
+        return name
+
+    def _score(self, slot: Slot, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         scores: Tensor = self._functions[name](tensors[slot.tensor], axis=slot.dim)
         if not bool(torch.isfinite(scores).all()):
             raise CompressionError(f"{slot.tensor} holds NaN or infinite values: it cannot be ranked by {name}")
@@ -93,6 +110,13 @@ class StructurePruner:
         """Bool mask of the ``count`` best units; among equals the lower index stays."""
         best = torch.argsort(scores, descending=True, stable=True)[:count]
         return torch.zeros(len(scores), dtype=torch.bool).index_fill_(0, best, True)
+
+
+def _norm_scales(group: Group) -> list[Slot]:
+    """The scales of the batch norms that the units go through: they lie beside a running mean."""
+    names = {slot.tensor for slot in group.slots}
+    norms = {name.removesuffix("running_mean") for name in names if name.endswith("running_mean")}
+    return [slot for slot in group.slots if slot.tensor.removesuffix("weight") in norms]
 
 
 def _why(graph: Graph, named: set[str]) -> str:

@@ -63,8 +63,15 @@ class PruneReport:
 
     def __str__(self) -> str:
         names = dict.fromkeys([*self.layers, *self.units])
-        rows = [(name, *_cells(self.units.get(name)), *_cells(self.layers.get(name))) for name in names]
-        return "\n".join([self.summary, table(("layer", "units", "kept", "FLOPs", "after"), rows), *self._stuck()])
+        rows = [
+            (name, *_cells(self.units.get(name)), *_cells(self.layers.get(name)), self._share(name)) for name in names
+        ]
+        heads = ("layer", "units", "kept", "FLOPs", "after", "share")
+        return "\n".join([self.summary, table(heads, rows), *self._stuck()])
+
+    def _share(self, name: str) -> str:
+        """A layer's part of all FLOPs before the cut."""
+        return f"{self.layers[name][0] / self.flops[0]:.1%}" if name in self.layers and self.flops[0] else ""
 
     def _stuck(self) -> list[str]:
         reasons = Counter(reason for _, _, reason in self.frozen)

@@ -1,13 +1,24 @@
-"""Try a cut before keeping it: a group that cannot be cut is frozen, with the reason, instead of breaking the model."""
+"""Try a cut before keeping it: a group that cannot be cut is frozen, with the reason, instead of breaking the model.
 
-from collections.abc import Callable, Sequence
+A failure has a place: the modules whose code was running. Sizes that their Python holds are made to follow the cut
+first; if that is not enough, the groups whose units pass there are frozen. Modules of one class share their code, so
+what was learned of two of them goes for all.
+"""
 
-from lightslim.graph import Graph, Group, Kept, ShapeTrace, disagreement, kept_sizes
-from lightslim.prune.neutral import changed_result
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from lightslim.graph import Axis, Graph, Group, Kept, ShapeTrace, disagreement, kept_sizes, leaves
+from lightslim.prune.neutral import Failure, changed_result, enclosing
+from lightslim.sizes import sizes_from_axes
 from lightslim.steps import Probe
 from lightslim.surgery import apply, plan
 
 Choose = Callable[[Graph], Kept]
+Place = tuple[int, int, int]
 
 
 def feasible(graph: Graph, probe: Probe, choose: Choose) -> tuple[Graph, Kept]:
@@ -23,45 +34,121 @@ def feasible(graph: Graph, probe: Probe, choose: Choose) -> tuple[Graph, Kept]:
     Returns:
         The graph with what could not be cut frozen, and the units to keep.
     """
+    lessons = _Lessons(probe)
     while True:
         kept = choose(graph)
-        groups = [group for group in graph if group.axis in kept]
-        failure = _failure(graph, probe, groups, kept)
+        failure = lessons.failure(graph, kept)
         if failure is None:
             return graph, kept
-        culprit, reason = _culprit(graph, probe, groups, kept, failure)
-        graph = graph.without([culprit], f"the model does not stand this cut: {reason}")
+        graph = lessons.following(graph, kept, failure) or lessons.freezing(graph, kept, failure)
 
 
-def _failure(graph: Graph, probe: Probe, groups: Sequence[Group], kept: Kept) -> str | None:
-    """Why the model does not run, or not as the algebra predicts, with these groups cut; None if it does."""
-    if not groups:
+class _Lessons:
+    """What the trials of one model have taught about its classes of modules."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.modules: dict[str, nn.Module] = dict(probe.module.named_modules())
+        self.readings: Counter[type[nn.Module]] = Counter()
+        self.frozen_at: set[tuple[type[nn.Module], Place]] = set()
+
+    def failure(self, graph: Graph, kept: Kept) -> Failure | None:
+        """Why the model does not run, or not as the algebra predicts, when cut to ``kept``; None if it does."""
+        if not kept:
+            return None
+        try:
+            return self._odd_run(graph, kept) or changed_result(graph, self.probe, kept)
+        except Exception as error:  # whatever the user's code raises when a size is not what it expects
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return Failure(reason, _running(self.probe.module, error))
+
+    def _odd_run(self, graph: Graph, kept: Kept) -> Failure | None:
+        undo = apply(self.probe.module, plan(self.probe.module, graph, kept))
+        try:
+            for training, expected in graph.traces.items():
+                with ShapeTrace() as trace:
+                    self.probe.run(training)
+                if found := disagreement(expected, trace, kept_sizes(kept)):
+                    return Failure(found[1], enclosing(found[0].where))
+        finally:
+            undo()
         return None
-    chosen = {group.axis: kept[group.axis] for group in groups}
-    undo = apply(probe.module, plan(probe.module, graph, chosen))
-    try:
-        odd = next(filter(None, (_odd_run(graph, probe, mode, chosen) for mode in graph.traces)), None)
-    except Exception as error:  # whatever the user's code raises when a size is not what it expects
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
-    finally:
-        undo()
-    return odd or changed_result(graph, probe, chosen)
+
+    def following(self, graph: Graph, kept: Kept, failure: Failure) -> Graph | None:
+        """The same graph in which the sizes in the Python of a failed module's class follow the cut, in a new reading.
+
+        None where no module at the place of the failure holds such sizes, or every reading has failed.
+        """
+        for path in failure.where:
+            kind, tried = type(self.modules[path]), self.readings[type(self.modules[path])]
+            if tried < len(sizes_from_axes(self.modules[path], graph.made_by(path), kept_sizes(kept))):
+                self.readings[kind] = tried + 1
+                return self._follow(graph, kind, tried)
+        return None
+
+    def _follow(self, graph: Graph, kind: type[nn.Module], reading: int) -> Graph:
+        paths = [path for path, module in self.modules.items() if type(module) is kind]
+        return replace(graph, follow={**graph.follow, **dict.fromkeys(paths, reading)})
+
+    def freezing(self, graph: Graph, kept: Kept, failure: Failure) -> Graph:
+        """The same graph without the group that breaks the model; when its place did so before, in all its class."""
+        groups = [group for group in graph if group.axis in kept]
+        culprit, failure, path = self._culprit(graph, groups, kept, failure)
+        refused = [culprit, *self._siblings(graph, groups, culprit, path)]
+        for kind in [kind for kind, tried in self.readings.items() if tried > 1]:
+            self.readings[kind] = 1
+            graph = self._follow(graph, kind, 0)
+        return graph.without(refused, f"the model does not stand this cut: {failure.reason}")
+
+    def _culprit(self, graph: Graph, groups: list[Group], kept: Kept, failure: Failure) -> tuple[Group, Failure, str]:
+        """One group that breaks the model by itself or after others, sought among those at the place of the failure."""
+        for path in failure.where:
+            seen = {leaf for made in graph.made_by(path) for axis in made.touched for leaf in leaves(axis)}
+            suspects = [group for group in groups if group.axis in seen]
+            again = failure if len(suspects) == len(groups) else self._failure_of(graph, suspects, kept)
+            if again is not None:
+                return *self._first_to_break(graph, suspects, kept, again), path
+        return *self._first_to_break(graph, groups, kept, failure), ""
+
+    def _first_to_break(self, graph: Graph, groups: list[Group], kept: Kept, failure: Failure) -> tuple[Group, Failure]:
+        """The group that first breaks the model when they are cut in order, by bisection over how many are cut."""
+        runs, fails = 0, len(groups)
+        while fails - runs > 1:
+            middle = (runs + fails) // 2
+            found = self._failure_of(graph, groups[:middle], kept)
+            if found is None:
+                runs = middle
+            else:
+                fails, failure = middle, found
+        return groups[fails - 1], failure
+
+    def _failure_of(self, graph: Graph, groups: Sequence[Group], kept: Kept) -> Failure | None:
+        return self.failure(graph, {group.axis: kept[group.axis] for group in groups})
+
+    def _siblings(self, graph: Graph, groups: list[Group], culprit: Group, path: str) -> Iterator[Group]:
+        """The groups at the same place in other modules of the class, if the place has broken the model before."""
+        kind = type(self.modules[path])
+        places = {(kind, place) for leaf, place in _places(graph, path) if leaf is culprit.axis}
+        if places & self.frozen_at:
+            paths = [p for p, module in self.modules.items() if type(module) is kind]
+            there = {leaf for p in paths for leaf, place in _places(graph, p) if (kind, place) in places}
+            yield from (group for group in groups if group.axis in there and group is not culprit)
+        self.frozen_at |= places
 
 
-def _odd_run(graph: Graph, probe: Probe, training: bool, kept: Kept) -> str | None:
-    with ShapeTrace() as trace:
-        probe.run(training)
-    return disagreement(graph.traces[training], trace, kept_sizes(kept))
+def _running(module: nn.Module, error: BaseException) -> tuple[str, ...]:
+    """The paths of the modules whose methods were running when ``error`` was raised, the innermost first."""
+    paths = {id(child): path for path, child in module.named_modules()}
+    found, frames = [], error.__traceback__
+    while frames is not None:
+        found.append(paths.get(id(frames.tb_frame.f_locals.get("self"))))
+        frames = frames.tb_next
+    return tuple(dict.fromkeys([*(path for path in reversed(found) if path is not None), ""]))
 
 
-def _culprit(graph: Graph, probe: Probe, groups: list[Group], kept: Kept, failure: str) -> tuple[Group, str]:
-    """The group that first breaks the model when they are cut in order, found by bisection over how many are cut."""
-    runs, fails = 0, len(groups)
-    while fails - runs > 1:
-        middle = (runs + fails) // 2
-        found = _failure(graph, probe, groups[:middle], kept)
-        if found is None:
-            runs = middle
-        else:
-            fails, failure = middle, found
-    return groups[fails - 1], failure
+def _places(graph: Graph, path: str) -> Iterator[tuple[Axis, Place]]:
+    """The leaves that pass through a module's own code, and where: which op, which of its dimensions, which part."""
+    for i, made in enumerate(graph.made_by(path)):
+        for j, axis in enumerate(made.touched):
+            for k, leaf in enumerate(leaves(axis)):
+                yield leaf, (i, j, k)

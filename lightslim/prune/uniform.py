@@ -1,25 +1,28 @@
 """Uniform pruning: one common ratio for all layers. The function :func:`prune`, and the strategy that says when."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightslim.errors import CompressionError
-from lightslim.graph import Graph, Group, Kept, kept_sizes, record
+from lightslim.graph import Axis, Graph, Group, Kept, kept_sizes, record
 from lightslim.infit import cut_in_fit, evaluate, logged_names, probe_of
 from lightslim.patterns import check_pattern, select
 from lightslim.prune.pruner import StructurePruner
+from lightslim.prune.ranking import global_widths
 from lightslim.prune.report import PruneReport, frozen_report, layers_report, units_report
 from lightslim.prune.trial import feasible
 from lightslim.prune.widths import TOLERANCE, Rounding, Solution, uniform_widths
 from lightslim.steps import Probe, forward_probe
 from lightslim.strategy import CompressionStrategy, changed_metrics, check_metric
 from lightslim.surgery import Cut, apply, parameters_after, plan
+
+RANKINGS = ("layer", "global")
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,10 @@ class UniformPruning:
         pruned_params: pattern of the parameters whose units may go.
         ignore: patterns of parameters whose units stay although ``pruned_params`` names them.
         rounding: the widths allowed.
+        ranking: "layer" takes the same ratio from every group, "global" all units below one bar.
 
     Raises:
-        CompressionError: ``target_ratio`` does not lie between 0 and 1.
+        CompressionError: ``target_ratio`` does not lie between 0 and 1, ``ranking`` is unknown.
     """
 
     pruner: StructurePruner
@@ -42,8 +46,11 @@ class UniformPruning:
     pruned_params: str = "*"
     ignore: Sequence[str] = ()
     rounding: Rounding = field(default_factory=Rounding)
+    ranking: str = "layer"
 
     def __post_init__(self) -> None:
+        if self.ranking not in RANKINGS:
+            raise CompressionError(f"ranking is {self.ranking!r}; choose from {', '.join(RANKINGS)}")
         if not 0 < self.target_ratio < 1:
             raise CompressionError(
                 f"target_ratio is {self.target_ratio}; it is the share of FLOPs to remove and must lie between 0 and 1"
@@ -64,14 +71,16 @@ class UniformPruning:
 
         def choose(graph: Graph) -> Kept:
             groups = self.pruner.selected(graph, self.pruned_params, self.ignore)
-            found.append(self.solve(graph, groups))
             scores = {group.axis: self.pruner.importance(group, tensors) for group in groups}
+            found.append(self.solve(graph, groups, scores))
             return {axis: self.pruner.keep(score, found[-1].widths[axis]) for axis, score in scores.items()}
 
-        return *feasible(record(probe), probe, choose), found[-1]
+        return *feasible(self.pruner.narrowed(record(probe)), probe, choose), found[-1]
 
-    def solve(self, graph: Graph, groups: Sequence[Group]) -> Solution:
-        """How many units each of ``groups`` keeps."""
+    def solve(self, graph: Graph, groups: Sequence[Group], scores: Mapping[Axis, Tensor]) -> Solution:
+        """How many units each of ``groups`` keeps; ``scores`` are those of its units."""
+        if self.ranking == "global":
+            return global_widths(graph, groups, scores, self.target_ratio, self.rounding)
         return uniform_widths(graph, groups, self.target_ratio, self.rounding)
 
     def _report(self, module: nn.Module, graph: Graph, kept: Kept, cut: Cut, solution: Solution) -> PruneReport:
@@ -102,8 +111,10 @@ def prune(
     ignore: Sequence[str] = (),
     round_to: int = 8,
     min_units: int = 1,
+    embeddings: bool = False,
+    ranking: str = "layer",
 ) -> PruneReport:
-    """Remove a share of a plain module's FLOPs, in place, by taking the same ratio of units from every layer.
+    """Remove a share of a plain module's FLOPs, in place, by taking units from its layers.
 
     Args:
         model: any module; its parameters stay the same objects.
@@ -114,6 +125,8 @@ def prune(
         ignore: patterns of parameters whose units stay.
         round_to: layers of ``4 * round_to`` units or more keep a multiple of it.
         min_units: no layer keeps fewer units than this.
+        embeddings: whether the residual stream of a transformer may lose units too.
+        ranking: "layer" takes the same ratio of units from every layer, "global" all units below one bar.
 
     Returns:
         What was cut, and what could not be and why.
@@ -128,8 +141,8 @@ def prune(
         >>> net[0].out_channels, net[2].in_channels, net[2].out_channels
         (8, 8, 4)
     """
-    pruner = StructurePruner(criterions={"*": criterion})
-    task = UniformPruning(pruner, target_ratio, pruned_params, ignore, Rounding(round_to, min_units))
+    pruner = StructurePruner(criterions={"*": criterion}, embeddings=embeddings)
+    task = UniformPruning(pruner, target_ratio, pruned_params, ignore, Rounding(round_to, min_units), ranking)
     cut, report = task.plan(forward_probe(model, example_inputs))
     apply(model, cut)
     return report

@@ -1,0 +1,100 @@
+"""Models with sizes in their Python: cut where they can be, frozen with the reason where not, and they always run."""
+
+import copy
+
+import pytest
+import torch
+from nets import masked, outputs, randomize
+from sized_nets import NETS
+from torch import nn
+
+from lightslim import CompressionError
+from lightslim.prune import find_groups, prune
+from lightslim.surgery import cuts_of
+
+X = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+pytestmark = pytest.mark.filterwarnings("ignore:asked to remove")
+
+
+@pytest.fixture(params=NETS, ids=list(NETS))
+def net(request):
+    return randomize(NETS[request.param]())
+
+
+def test_no_op_is_unknown(net):
+    assert find_groups(net, X).unknown == ()
+
+
+def test_it_loses_flops_runs_and_equals_the_masked_model(net):
+    original = copy.deepcopy(net)
+    report = prune(net, X, 0.4, round_to=1)
+    assert report.flops_removed >= 0.3
+    expected = outputs(masked(original, cuts_of(net)[-1]), X)
+    torch.testing.assert_close(outputs(net, X), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    net.train()(X).sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in net.parameters())
+
+
+def test_heads_are_rewritten_where_the_code_joins_them_by_a_size_of_its_own():
+    net = randomize(NETS["heads of a fused projection"]())
+    prune(net, X, 0.5, round_to=1)
+    for block in net.blocks:
+        attention = block.mixer
+        assert attention.num_heads < 8
+        assert attention.head_dim == 4
+        assert attention.attn_dim == attention.proj.in_features == 4 * attention.num_heads
+    assert net.embed.out_features == 32, "the residual stream stays unless asked for"
+
+
+def test_heads_stay_with_the_reason_where_the_code_joins_them_by_the_input():
+    net = randomize(NETS["heads whose join is fixed"]())
+    report = prune(net, X, 0.4, round_to=1)
+    assert all(block.mixer.num_heads == 8 for block in net.blocks)
+    reasons = {name: reason for name, size, reason in report.frozen if size == 8}
+    assert all("does not stand this cut" in reasons[f"blocks.{i}.mixer.qkv.weight"] for i in range(3))
+
+
+def test_query_heads_go_with_their_group():
+    net = randomize(NETS["grouped queries"]())
+    prune(net, X, 0.5, round_to=1)
+    for block in net.blocks:
+        assert block.mixer.heads == 2 * block.mixer.groups < 8
+
+
+def test_the_residual_stream_is_cut_on_request():
+    net = randomize(NETS["gates"]())
+    report = prune(net, X, 0.5, round_to=1, embeddings=True)
+    assert net.embed.out_features == net.head.in_features == net.position.shape[2] < 32
+    assert report.flops_removed == pytest.approx(0.5, abs=0.02)
+    net(X)
+
+
+def test_a_model_that_nothing_can_leave_is_an_error_with_the_reasons_and_unchanged():
+    class Sealed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x).reshape(-1, 12).relu())
+
+    net = randomize(Sealed())
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(CompressionError, match=r"nothing that can lose units \(.*a\.weight: the model does not stand"):
+        prune(net, torch.randn(4, 8), 0.5, round_to=1)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+ZOO = ("vit_tiny_patch16_224", "skresnet18", "res2net50_26w_4s", "mobilevit_xxs", "ghostnet_100")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_timms_models_where_it_is_installed(name):
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    net = timm.create_model(name, pretrained=False)
+    size = 224 if "vit_tiny" in name else 96
+    images = torch.randn(2, 3, size, size)
+    assert prune(net, images, 0.5).flops_removed >= 0.3
+    net.train()(images).sum().backward()
+    net.eval()(images)
