@@ -1,6 +1,7 @@
 """Load a compressed model without a Trainer: build it, give it the structure of its checkpoint, fill in the weights."""
 
 import inspect
+import zipfile
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -80,6 +81,7 @@ def read_checkpoint(path: str | PathLike[str], map_location: Any = "cpu") -> dic
     if not Path(path).is_file():
         raise CompressionError(f"{path}: there is no such checkpoint")
     try:
+        _check_sums(path)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for damaged and for unsafe files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -87,6 +89,15 @@ def read_checkpoint(path: str | PathLike[str], map_location: Any = "cpu") -> dic
     if not isinstance(checkpoint, dict):
         raise CompressionError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
+
+
+def _check_sums(path: str | PathLike[str]) -> None:
+    """Compare a file's content with its own checksums, which torch does not."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise zipfile.BadZipFile(f"{broken} in it is damaged")
 
 
 def _saved_arguments(build: Callable[..., Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:

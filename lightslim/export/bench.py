@@ -1,5 +1,6 @@
 """How long exported files take, measured in the runtimes that they are meant for, one beside the other."""
 
+import hashlib
 import json
 import platform
 import random
@@ -105,11 +106,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CompressionError(f"{path}: there is no such file")
     try:
         manifest = json.loads(beside.read_text(encoding="utf-8"))
-        manifest["format"], manifest["inputs"], manifest["bytes"]
+        expected = manifest["format"], manifest["inputs"], manifest["bytes"], manifest["sha256"]
     except FileNotFoundError:
         raise CompressionError(f"{path} has no {beside.name} beside it: it was not exported by lightslim") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CompressionError(f"{beside} is not the manifest of an exported file: {error}") from error
+    if hashlib.sha256(path.read_bytes()).hexdigest() != expected[-1]:
+        raise CompressionError(f"{path} is not the file that {beside.name} describes: damaged, or written by another")
     return dict(manifest)
 
 
