@@ -158,19 +158,26 @@ def apply(module: nn.Module, cut: Cut, optimizers: Iterable[Optimizer] = ()) -> 
     for optimizer, tensor, slices in states:
         cut_optimizer_state(optimizer, tensor, slices)
     for name, data in new.items():
-        tensors[name].data = data
+        _exchange(tensors[name], data)
         tensors[name].grad = None
     _rewrite(module, {(item.module, item.attribute): item.after for item in cut.rewrites})
     cuts_of(module).append(cut)
 
     def undo() -> None:
         for name, (data, grad) in old.items():
-            tensors[name].data = data
+            _exchange(tensors[name], data)
             tensors[name].grad = grad
         _rewrite(module, {(item.module, item.attribute): item.before for item in cut.rewrites})
         cuts_of(module).remove(cut)
 
     return undo
+
+
+def _exchange(tensor: Tensor, data: Tensor) -> None:
+    if tensor.requires_grad:
+        # While a module holds on to something computed before, autograd keeps the old shape unless the type changes
+        tensor.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+    tensor.data = data
 
 
 def _by_tensor(cut: Cut, tensors: Mapping[str, Tensor]) -> dict[str, list[Slice]]:
@@ -251,7 +258,7 @@ def conform(module: nn.Module, state_dict: Mapping[str, Tensor], record: Mapping
     recorded = {(r.module, r.attribute): r.after for cut in cuts for r in cut.rewrites}
     for name, shape in shapes.items():
         if list(tensors[name].shape) != shape and len(shape) == tensors[name].ndim:
-            tensors[name].data = tensors[name].data.new_empty(shape)
+            _exchange(tensors[name], tensors[name].data.new_empty(shape))
             tensors[name].grad = None
     _cut_what_is_not_saved(module, set(shapes), cuts)
     _rewrite(module, {**read_off, **recorded})

@@ -161,3 +161,39 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "x.pt")
     with pytest.raises(CompressionError, match="does not fit TinyNet"):
         load_compressed(TinyNet, tmp_path / "x.pt")
+
+
+class Remembers(nn.Module):
+    """Keeps what it computed last, graph and all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.last = None
+
+    def forward(self, x):
+        self.last = self.first(x).relu()
+        return self.second(self.last)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize(
+    "build",
+    [
+        Remembers,
+        lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)),
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 3)),
+    ],
+    ids=["remembers", "weight_norm", "parametrized"],
+)
+def test_a_model_that_holds_a_graph_from_before_the_cut_trains_after_it(build):
+    torch.manual_seed(0)
+    net, x = build(), torch.randn(8, 6)
+    net(x).sum().backward()
+    held = net(x)
+    prune(net, x, target_ratio=0.5, round_to=1)
+    net(x).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad.shape == parameter.shape, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert held.shape == (8, 3)
