@@ -26,7 +26,7 @@ from lightslim.steps import (
     sample_batch,
     step_probe,
 )
-from lightslim.surgery import Cut, apply
+from lightslim.surgery import Cut, apply, forget_shapes
 from lightslim.untouched import untouched
 
 # Lightning's strategies that keep the module whole on every device; by name, so that both of its packages count.
@@ -217,7 +217,7 @@ def _reduction(reduce_fx: Any) -> str:
 def cut_in_fit(trainer: Trainer, module: LightningModule, cut: Cut) -> None:
     """Carry out rank 0's ``cut`` on the module that ``trainer`` is fitting, its optimizers and its averaged copies.
 
-    Call it between two epochs: no graph of the old shapes may be alive.
+    Call it between two epochs: no backward pass may be under way.
     """
     cut = Cut.from_state(trainer.strategy.broadcast(cut.to_state()))
     aside = [one for callback in trainer.callbacks for one in getattr(callback, "optimizers_aside", ())]  # type: ignore[attr-defined]
@@ -225,6 +225,7 @@ def cut_in_fit(trainer: Trainer, module: LightningModule, cut: Cut) -> None:
     module.zero_grad(set_to_none=True)
     with _unwrapped(trainer):
         apply(module, cut, optimizers)
+        forget_shapes(module, cut)
         for copy in averaged_copies(trainer):
             apply(copy, cut)
 

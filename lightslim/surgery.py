@@ -158,14 +158,14 @@ def apply(module: nn.Module, cut: Cut, optimizers: Iterable[Optimizer] = ()) -> 
     for optimizer, tensor, slices in states:
         cut_optimizer_state(optimizer, tensor, slices)
     for name, data in new.items():
-        _exchange(tensors[name], data)
+        tensors[name].data = data
         tensors[name].grad = None
     _rewrite(module, {(item.module, item.attribute): item.after for item in cut.rewrites})
     cuts_of(module).append(cut)
 
     def undo() -> None:
         for name, (data, grad) in old.items():
-            _exchange(tensors[name], data)
+            tensors[name].data = data
             tensors[name].grad = grad
         _rewrite(module, {(item.module, item.attribute): item.before for item in cut.rewrites})
         cuts_of(module).remove(cut)
@@ -173,11 +173,18 @@ def apply(module: nn.Module, cut: Cut, optimizers: Iterable[Optimizer] = ()) -> 
     return undo
 
 
-def _exchange(tensor: Tensor, data: Tensor) -> None:
-    if tensor.requires_grad:
-        # While a module holds on to something computed before, autograd keeps the old shape unless the type changes
-        tensor.data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
-    tensor.data = data
+def forget_shapes(module: nn.Module, cut: Cut) -> None:
+    """Let autograd forget what shapes the parameters had before ``cut``, which has been applied for good.
+
+    While a module holds on to something that it computed before, gradients of the old shapes would be expected. What a
+    wrapper such as DDP hooked on is forgotten, too: take it off first and put a new one on.
+    """
+    parameters = dict(module.named_parameters())
+    for name in {item.tensor for item in cut.slices} & set(parameters):
+        data = parameters[name].data
+        # Only a change of type makes it do so
+        parameters[name].data = data.new_empty(0, dtype=torch.float32 if data.dtype == torch.float64 else torch.float64)
+        parameters[name].data = data
 
 
 def _by_tensor(cut: Cut, tensors: Mapping[str, Tensor]) -> dict[str, list[Slice]]:
@@ -258,7 +265,7 @@ def conform(module: nn.Module, state_dict: Mapping[str, Tensor], record: Mapping
     recorded = {(r.module, r.attribute): r.after for cut in cuts for r in cut.rewrites}
     for name, shape in shapes.items():
         if list(tensors[name].shape) != shape and len(shape) == tensors[name].ndim:
-            _exchange(tensors[name], tensors[name].data.new_empty(shape))
+            tensors[name].data = tensors[name].data.new_empty(shape)
             tensors[name].grad = None
     _cut_what_is_not_saved(module, set(shapes), cuts)
     _rewrite(module, {**read_off, **recorded})

@@ -20,7 +20,7 @@ from lightslim.prune.trial import feasible
 from lightslim.prune.widths import TOLERANCE, Rounding, Solution, uniform_widths
 from lightslim.steps import Probe, forward_probe
 from lightslim.strategy import CompressionStrategy, changed_metrics, check_metric
-from lightslim.surgery import Cut, apply, parameters_after, plan
+from lightslim.surgery import Cut, apply, forget_shapes, parameters_after, plan
 
 RANKINGS = ("layer", "global")
 
@@ -145,6 +145,7 @@ def prune(
     task = UniformPruning(pruner, target_ratio, pruned_params, ignore, Rounding(round_to, min_units), ranking)
     cut, report = task.plan(forward_probe(model, example_inputs))
     apply(model, cut)
+    forget_shapes(model, cut)
     return report
 
 
