@@ -1,5 +1,6 @@
 """lightslim: prune, quantize and distil any LightningModule inside the training run you already have."""
 
+from lightslim.checkpoints import AtomicCheckpointIO
 from lightslim.compressor import Compressor
 from lightslim.distill import DistillationStrategy, FSPDistiller, L2Distiller, SoftLabelDistiller
 from lightslim.errors import CompressionError
@@ -11,6 +12,7 @@ from lightslim.quantize import QuantizationStrategy
 from lightslim.strategy import CompressionStrategy
 
 __all__ = [
+    "AtomicCheckpointIO",
     "CompressionError",
     "CompressionMonitor",
     "CompressionStrategy",

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightslim import rundir
+from lightslim.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from lightslim.errors import CompressionError
 from lightslim.loading import read_checkpoint, restore
 from lightslim.measure import Measurement
@@ -269,7 +271,7 @@ class Compressor:
 
     def _checkpoint(self, resume: str | PathLike[str] | None) -> Path | None:
         if resume == "auto":
-            return rundir.newest_checkpoint(self.checkpoints)
+            return newest_checkpoint(self.checkpoints)
         if resume is None:
             return None
         missing = {"state_dict", "epoch", "loops", "pytorch-lightning_version"} - set(read_checkpoint(resume))
@@ -294,7 +296,10 @@ class Compressor:
             "logger", TensorBoardLogger(self.folder, name="", version="tensorboard", default_hp_metric=False)
         )
         callbacks = [*own, *_listed(arguments.get("callbacks")), Fetches(self.fetch_list)]
-        return _new_trainer({"default_root_dir": self.folder, **arguments, "callbacks": callbacks})
+        plugins = _listed(arguments.get("plugins"))
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, AtomicCheckpointIO()]
+        return _new_trainer({"default_root_dir": self.folder, **arguments, "callbacks": callbacks, "plugins": plugins})
 
     def _fit(self, trainer: Trainer, checkpoint: Path | None) -> None:
         factory = self.train_optimizer
@@ -359,5 +364,5 @@ def _by_name(teachers: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
     return {"teacher" if len(teachers) == 1 else f"teacher_{i}": teacher for i, teacher in enumerate(teachers)}
 
 
-def _listed(callbacks: Any) -> list[Callback]:
-    return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
+def _listed(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, (list, tuple)) else [given] if given else []

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from lightslim.errors import CompressionError
 
+PARTIAL = ".partial"
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -24,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
         ('new', False)
     """
     # The suffix stays: some runtimes go by it
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    partial = path.with_name(f".{path.stem}{PARTIAL}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -44,3 +46,10 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes have left half written in ``folder``."""
+    for stale in folder.glob(f".*{PARTIAL}*"):
+        with contextlib.suppress(OSError):
+            stale.unlink()

@@ -80,8 +80,8 @@ def read_checkpoint(path: str | PathLike[str], map_location: Any = "cpu") -> dic
     """
     if not Path(path).is_file():
         raise CompressionError(f"{path}: there is no such checkpoint")
+    check_sums(path)
     try:
-        _check_sums(path)
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for damaged and for unsafe files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -91,13 +91,20 @@ def read_checkpoint(path: str | PathLike[str], map_location: Any = "cpu") -> dic
     return checkpoint
 
 
-def _check_sums(path: str | PathLike[str]) -> None:
-    """Compare a file's content with its own checksums, which torch does not."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken:
-            raise zipfile.BadZipFile(f"{broken} in it is damaged")
+def check_sums(path: str | PathLike[str]) -> None:
+    """Compare a checkpoint's content with its own checksums, which torch does not.
+
+    Raises:
+        CompressionError: it is damaged.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken:
+                raise zipfile.BadZipFile(f"{broken} in it has changed since it was written")
+    except Exception as error:  # zipfile raises half a dozen kinds
+        raise CompressionError(f"{path} cannot be read as a checkpoint: {error}") from error
 
 
 def _saved_arguments(build: Callable[..., Any], checkpoint: Mapping[str, Any]) -> dict[str, Any]:

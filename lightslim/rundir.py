@@ -2,13 +2,14 @@
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightslim.checkpoints import saved_in
 from lightslim.errors import CompressionError
+from lightslim.files import replacing
 from lightslim.recipe.yamlnodes import dump
 
 RESULT, RECIPE = "result.json", "recipe.yaml"
@@ -36,7 +37,7 @@ def prepare(folder: Path, checkpoints: Path, resuming: bool) -> None:
     Raises:
         CompressionError: it cannot be written to, or holds another run that this one does not continue.
     """
-    if not resuming and ((folder / RESULT).exists() or newest_checkpoint(checkpoints)):
+    if not resuming and ((folder / RESULT).exists() or saved_in(checkpoints)):
         raise CompressionError(f"{folder} already holds a run: continue it with --resume auto, or name another --out")
     for path in (folder, checkpoints):
         probe = path / ".writable"
@@ -56,7 +57,7 @@ def nothing_half_written(folder: Path, checkpoints: Path) -> Iterator[None]:
     try:
         yield
     except CompressionError:
-        if newest_checkpoint(checkpoints):
+        if saved_in(checkpoints):
             raise
         for path in set(folder.iterdir()) - before if folder.is_dir() else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -68,15 +69,8 @@ def nothing_half_written(folder: Path, checkpoints: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_recipe(folder: Path, resolved: Mapping[str, Any]) -> None:
@@ -120,9 +114,3 @@ def read_result(folder: Path) -> dict[str, Any]:
     if not all(isinstance(one, dict) and isinstance(one.get("metrics"), dict) for one in measured):
         raise CompressionError(f"{path} is not the result of a run")
     return dict(result)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint to continue from: ``last.ckpt`` if there is one, else the newest file."""
-    found = sorted(folder.glob("*.ckpt"), key=lambda path: (path.stem == "last", path.stat().st_mtime))
-    return found[-1] if found else None
