@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightslim.errors import CompressionError, did_you_mean
 from lightslim.infit import refuse_masks, refuse_sharded
+from lightslim.rng import random_states, restore_own
 from lightslim.steps import replaced
 from lightslim.surgery import CHECKPOINT_KEY, conform, structure
 
@@ -49,6 +50,7 @@ class CompressionStrategy(Callback):
         self._begun = self._ended = False
         self._acted_on: weakref.ref[LightningModule] | None = None
         self._traces = contextlib.ExitStack()
+        self._random: dict[str, Any] | None = None
 
     @property
     @override
@@ -118,7 +120,16 @@ class CompressionStrategy(Callback):
             )
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Before the loaders' iterators are made: they draw the order of the samples
+        if self._random is not None:
+            restore_own(trainer, self._random["states"])
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._random is not None and self._random["within_epoch"]:
+            restore_own(trainer, self._random["states"])
+        self._random = None
         if self._begun:
             return
         batches = trainer.num_training_batches  # infinite for a stream
@@ -163,7 +174,15 @@ class CompressionStrategy(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[CHECKPOINT_KEY] = structure(pl_module)
+        record = checkpoint.setdefault(CHECKPOINT_KEY, {})
+        record.update(structure(pl_module))
+        if self is _first_strategy(trainer):
+            record["random"] = {"states": random_states(trainer), "within_epoch": _within_epoch(trainer)}
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self is _first_strategy(trainer):
+            self._random = checkpoint.get(CHECKPOINT_KEY, {}).get("random")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -183,6 +202,10 @@ def _first_strategy(trainer: Trainer) -> CompressionStrategy | None:
     return next(iter(strategies_of(trainer)), None)
 
 
+def _within_epoch(trainer: Trainer) -> bool:
+    return not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
 def _structured_checkpoints(trainer: Trainer, module: LightningModule) -> contextlib.AbstractContextManager[None]:
     """While in force, the module's checkpoints hold its structure, and loading one restores that structure first.
 
@@ -200,7 +223,7 @@ def _structured_checkpoints(trainer: Trainer, module: LightningModule) -> contex
         load(checkpoint)
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
-        checkpoint[CHECKPOINT_KEY] = structure(module)
+        checkpoint.setdefault(CHECKPOINT_KEY, {}).update(structure(module))
         save(checkpoint)
 
     return replaced(module, on_load_checkpoint=on_load_checkpoint, on_save_checkpoint=on_save_checkpoint)

@@ -155,6 +155,7 @@ class DistillationStrategy(CompressionStrategy):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         if not self._begun or self._ended:
             return
         # Resumed within the phase: the optimizer has to be there before Lightning restores its state

@@ -133,6 +133,7 @@ class QuantizationStrategy(CompressionStrategy):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         if self._begun:
             self._arm(trainer, pl_module)
 
