@@ -1,6 +1,7 @@
 """Checkpoint files that are whole or not there: written beside their place, synced and renamed; checked when read."""
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         >>> AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
         {'epoch': 3}
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A Trainer of lightning.pytorch looks for a class of its own
+        twin = sys.modules.get("lightning.fabric.plugins.io.checkpoint_io")
+        if twin is not None:
+            twin.CheckpointIO.register(type(self))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:

@@ -124,6 +124,11 @@ class Compressor:
         for section, built, kind in (("model", module, LightningModule), ("data", data, LightningDataModule)):
             if built is None:
                 raise CompressionError(f"{recipe.path} has no {section} section: nothing to run it on")
+            if any(base.__module__.startswith("lightning.pytorch") for base in type(built).__mro__):
+                raise CompressionError(
+                    f"{recipe.path}: {section}: {type(built).__name__} is of lightning.pytorch; recipes run in the "
+                    "Trainer of pytorch_lightning: import pytorch_lightning there, or use the callbacks in your own Trainer"
+                )
             if not isinstance(built, kind):
                 raise CompressionError(f"{recipe.path}: {section}: {type(built).__name__} is no {kind.__name__}")
         return cls(module, datamodule=data, out=out).config(recipe)
