@@ -127,7 +127,7 @@ class Compressor:
             if any(base.__module__.startswith("lightning.pytorch") for base in type(built).__mro__):
                 raise CompressionError(
                     f"{recipe.path}: {section}: {type(built).__name__} is of lightning.pytorch; recipes run in the "
-                    "Trainer of pytorch_lightning: import pytorch_lightning there, or give a Trainer of yours the callbacks"
+                    "Trainer of pytorch_lightning: import that, or give the callbacks to a Trainer of your own"
                 )
             if not isinstance(built, kind):
                 raise CompressionError(f"{recipe.path}: {section}: {type(built).__name__} is no {kind.__name__}")
