@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from lightslim.compressor import Compressor
 from lightslim.errors import CompressionError
@@ -81,7 +82,7 @@ def _run(options: argparse.Namespace) -> None:
     compressor = Compressor.from_recipe(Recipe.from_yaml(options.recipe, options.set), out=options.out)
     result = compressor.run(resume=options.resume).result
     tables = (result_table(result), exports_table(result["exports"]))
-    print(*filter(None, tables), f"everything is in {compressor.folder}", sep="\n")
+    rank_zero_only(print)(*filter(None, tables), f"everything is in {compressor.folder}", sep="\n")
 
 
 def _check(options: argparse.Namespace) -> None:
