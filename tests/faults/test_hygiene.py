@@ -54,4 +54,4 @@ def test_nothing_is_left_behind(tmp_path, name, point, record_property):
     assert found[2:] == expected[2:]
     for path, attributes in found[1].items():
         assert set(attributes) <= set(expected[1][path]), path
-    record_property("hooks that failed and left nothing", f"{name} at {point}")
+    record_property(f"{name}, hooks that failed and left nothing", point)
