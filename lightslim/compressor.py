@@ -166,10 +166,15 @@ class Compressor:
         Raises:
             CompressionError: anything that can be known to fail before the first training step.
         """
-        recipe, started, measurement = self._recipe, time.time(), Measurement()
         # Processes that rank 0 has started join the run that it has opened.
-        resuming = resume is not None or getattr(rank_zero_only, "rank", 0) > 0
-        self.folder = self.out or rundir.default_folder(recipe.path, resuming)
+        first = not getattr(rank_zero_only, "rank", 0)
+        resuming = resume is not None or not first
+        self.folder = self.out or rundir.default_folder(self._recipe.path, resuming)
+        with rundir.taken(self.folder) if first else contextlib.nullcontext():
+            return self._run(resume, resuming)
+
+    def _run(self, resume: str | PathLike[str] | None, resuming: bool) -> CompressionResult:
+        recipe, started, measurement = self._recipe, time.time(), Measurement()
         strategies = recipe.strategies()
         self._check_teachers(strategies)
         checkpoint = self._checkpoint(resume)
