@@ -73,6 +73,8 @@ def taken(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def nothing_half_written(folder: Path, checkpoints: Path) -> Iterator[None]:
     """If a CompressionError ends what happens inside before there is a checkpoint, ``folder`` is as it was before."""
+    # Of several processes the first makes the folder, and the others may be faster
+    folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.iterdir())
     try:
         yield
