@@ -170,7 +170,10 @@ class Compressor:
         first = not getattr(rank_zero_only, "rank", 0)
         resuming = resume is not None or not first
         self.folder = self.out or rundir.default_folder(self._recipe.path, resuming)
-        with rundir.taken(self.folder) if first else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if first:
+                stack.enter_context(rundir.taken(self.folder))
+                stack.enter_context(rundir.nothing_half_written(self.folder, self.checkpoints))
             return self._run(resume, resuming)
 
     def _run(self, resume: str | PathLike[str] | None, resuming: bool) -> CompressionResult:
@@ -178,15 +181,14 @@ class Compressor:
         strategies = recipe.strategies()
         self._check_teachers(strategies)
         checkpoint = self._checkpoint(resume)
-        with rundir.nothing_half_written(self.folder, self.checkpoints):
-            rundir.prepare(self.folder, self.checkpoints, resuming)
-            seed_everything(recipe.seed or 0, verbose=False)
-            self._init_model(recipe.init_model)
-            trainer = self._trainer([measurement, *strategies])
-            rundir.write_recipe(self.folder, recipe.resolved())
-            self._fit(trainer, checkpoint)
-            if not measurement.after and resume != "auto":
-                raise CompressionError("there was nothing to train: see epoch, max_time and limit_train_batches")
+        rundir.prepare(self.folder, self.checkpoints, resuming)
+        seed_everything(recipe.seed or 0, verbose=False)
+        self._init_model(recipe.init_model)
+        trainer = self._trainer([measurement, *strategies])
+        rundir.write_recipe(self.folder, recipe.resolved())
+        self._fit(trainer, checkpoint)
+        if not measurement.after and resume != "auto":
+            raise CompressionError("there was nothing to train: see epoch, max_time and limit_train_batches")
         if not measurement.after:  # the run was finished already
             return CompressionResult(self.module, rundir.read_result(self.folder))
         result = self._result(strategies, measurement, time.time() - started)

@@ -44,7 +44,7 @@ def prepare(folder: Path, checkpoints: Path, resuming: bool) -> None:
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # by another process of the run
         except OSError as error:
             raise CompressionError(f"the run directory {path} cannot be written to: {error.strerror}") from error
 
@@ -73,8 +73,6 @@ def taken(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def nothing_half_written(folder: Path, checkpoints: Path) -> Iterator[None]:
     """If a CompressionError ends what happens inside before there is a checkpoint, ``folder`` is as it was before."""
-    # Of several processes the first makes the folder, and the others may be faster
-    folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.iterdir())
     try:
         yield
