@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.bench import paired, table
+from experiments.bench import paired, scale, table
 from experiments.bench.__main__ import BENCHES
 
 ROOT = Path(__file__).parent.parent
@@ -46,11 +46,28 @@ def test_a_goal_is_missed_where_the_whole_interval_is_above_it(spread, verdict):
     assert table.cells("a", paired.Row("a", 1.0, 1.0, 1.0, spread, goal=1.0))[-1] == verdict
 
 
-@pytest.mark.parametrize("module", ["paired", "table"])
+@pytest.mark.parametrize("module", ["paired", "table", "scale"])
 def test_examples_run(module):
     found = doctest.testmod(importlib.import_module(f"experiments.bench.{module}"))
     assert found.attempted > 0
     assert found.failed == 0
+
+
+def test_a_growing_network_is_cut_without_numbers_and_its_table_says_what_bounds_it(tmp_path):
+    def grown(layers):
+        net, x = scale.conv(layers, 16, "meta")
+        found = scale.phases(net, x)
+        assert net[0].weight.is_meta
+        assert net[1].conv1.out_channels < 16
+        return {"layers": layers, "parameters": 0, "peak MiB": 1.0, "narrow: prune() s": 1.0, **found}
+
+    found = {"conv": [grown(2), grown(6)]}
+    ops = [each["ops"] for each in found["conv"]]
+    assert ops[1] - ops[0] == 2 * (ops[0] - scale.phases(*scale.conv(0, 16, "meta"))["ops"])
+    text = scale.report(found)
+    assert text.count("\n| conv |") == 2
+    assert "meta tensors" in text
+    assert scale.draw(found, tmp_path / "scale.png") == (tmp_path / "scale.png").exists()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 from experiments.bench.paired import Row
 from lightslim.export.bench import machine
 
+READING = "Ratios are medians within rounds, less is better; a goal is missed where the whole interval lies above it."
 COLUMNS = ("measurement", "ours", "other", "ours / other", "95 %", "goal", "")
 
 
@@ -34,7 +35,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 
 def report(found: Iterable[tuple[str, Sequence[Row]]]) -> str:
     """The table: a line for each row, grouped by benchmark, and the machine at its foot."""
     lines = [cells(f"{bench}: {row.name}", row) for bench, rows in found for row in rows]
-    return f"{markdown(COLUMNS, lines)}\n\n{foot()}\n"
+    return f"{markdown(COLUMNS, lines)}\n\n{foot()}. {READING}\n"
 
 
 def cells(name: str, row: Row) -> tuple[str, ...]:
@@ -64,6 +65,5 @@ def foot() -> str:
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
         f"{machine()}; {os.cpu_count()} cores, {torch.get_num_threads()} threads{load}; torch {torch.__version__}, "
-        f"Python {platform.python_version()}. Ratios are medians within rounds, less is better; a goal is missed "
-        "where the whole interval lies above it."
+        f"Python {platform.python_version()}"
     )
