@@ -1,15 +1,19 @@
 """What strategies do inside a running fit: look at the module, evaluate it, cut it."""
 
 import contextlib
+import functools
 import gc
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+import random
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
@@ -22,7 +26,9 @@ from lightslim.steps import (
     call_step,
     captured_log,
     collated_samples,
+    drawn_batches,
     overrides,
+    replaced,
     sample_batch,
     step_probe,
 )
@@ -58,7 +64,8 @@ def probe_of(trainer: Trainer, module: LightningModule) -> Probe:
     if val is None and train is None:
         raise CompressionError("there is no data to look at the model with: the Trainer has no dataloader")
     train = val if train is None else train
-    return step_probe(module, val, train, trainer.precision_plugin.val_step_context)
+    probe = step_probe(module, val, train, trainer.precision_plugin.val_step_context)
+    return replace(probe, gradients=lambda: mean_gradients(trainer, module))
 
 
 def _first(loaders: Any) -> Any:
@@ -82,6 +89,81 @@ def _moved(trainer: Trainer, batch: Any, loader_index: int = 0) -> Any:
     """A batch as Lightning's loops hand it to a step: in the Trainer's precision and on its device."""
     converted = trainer.precision_plugin.convert_input(batch)
     return trainer.strategy.batch_to_device(converted, dataloader_idx=loader_index)
+
+
+def mean_gradients(trainer: Trainer, module: LightningModule, batches: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    """The mean gradient of the training loss over some batches, the same on all processes; the fit does not notice.
+
+    Args:
+        trainer: the running Trainer; its training loaders must be map-style DataLoaders.
+        module: the module it fits; its ``training_step`` says the loss (each ``manual_backward``, where it has those).
+        batches: how many each process takes, of its own part of the data.
+        seed: of the draw, of augmentation and of dropout.
+
+    Returns:
+        By parameter name; parameters that no gradient reaches are left out.
+
+    Raises:
+        CompressionError: there is no such data, or no loss.
+    """
+    drawn = _drawn(trainer, batches, seed)
+    if not drawn or not overrides(module, "training_step"):
+        raise CompressionError(
+            "gradients are needed for ranking: that takes a training_step and a map-style DataLoader of training data "
+            "with at least one sample for each process"
+        )
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    totals = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in named.items()}
+    reached: set[str] = set()
+    for index, batch in enumerate(drawn):
+        found = _gradients(trainer, module, _moved(trainer, batch), index, seed + index, named)
+        reached |= found.keys()
+        for name, gradient in found.items():
+            totals[name] += gradient.float() / len(drawn)
+    reached = set(trainer.strategy.broadcast(sorted(reached)))  # processes that reduce others would wait for ever
+    return {name: trainer.strategy.reduce(totals[name], reduce_op="mean") for name in named if name in reached}
+
+
+def _drawn(trainer: Trainer, count: int, seed: int) -> list[Any]:
+    """Batches in the form that a training step gets them; loaders that end early end all."""
+    loaders, rank, size = trainer.train_dataloader, trainer.global_rank, trainer.world_size
+    with isolate_rng():
+        _seed(seed + rank)
+        one = functools.partial(drawn_batches, count=count, seed=seed, part=rank, parts=size)
+        if isinstance(loaders, dict):
+            return [dict(zip(loaders, row, strict=True)) for row in zip(*map(one, loaders.values()), strict=False)]
+        if isinstance(loaders, (list, tuple)):
+            return [list(row) for row in zip(*map(one, loaders), strict=False)]
+        return one(loaders)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def _gradients(
+    trainer: Trainer, module: LightningModule, batch: Any, index: int, seed: int, named: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Those of one batch. Taken by ``autograd.grad``: neither ``.grad`` nor DDP's hooks learn of it."""
+
+    def step() -> list[Tensor | None]:
+        _seed(seed)
+        losses: list[Tensor] = []
+        own = {} if module.automatic_optimization else {"manual_backward": lambda loss, *_, **__: losses.append(loss)}
+        with replaced(module, **own):
+            output = call_step(module.training_step, batch, index)
+        if module.automatic_optimization:
+            output = output["loss"] if isinstance(output, Mapping) else output
+            losses += [] if output is None else [output]
+        if not losses or not named:
+            return []
+        return list(torch.autograd.grad(torch.stack(losses).sum(), list(named.values()), allow_unused=True))
+
+    probe = Probe(module, step, step, trainer.precision_plugin.train_step_context)
+    found = probe.run(training=True)[0]
+    return {name: gradient for name, gradient in zip(named, found, strict=False) if gradient is not None}
 
 
 def logged_names(trainer: Trainer, module: LightningModule, probe: Probe) -> set[str]:

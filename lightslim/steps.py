@@ -8,6 +8,7 @@ attributes that the step changed are put back afterwards, and what it logs is ca
 import contextlib
 import dataclasses
 import inspect
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,8 @@ class Probe:
         context: what the step runs in (precision); entered anew for each run.
         batch_size: how many samples to divide the cost of one run by.
         needs_grad: whether the evaluation run differentiates, as a training step may.
+        gradients: takes the mean gradients of the loss by parameter name, from training data; None where that cannot
+            be done.
     """
 
     module: nn.Module
@@ -56,6 +59,7 @@ class Probe:
     context: Context = field(default=contextlib.nullcontext)
     batch_size: int = 1
     needs_grad: bool = False
+    gradients: Callable[[], Mapping[str, Tensor]] | None = None
 
     def run(self, training: bool = False) -> tuple[Any, Log]:
         """Run the step once; returns its output and what it logged."""
@@ -254,7 +258,41 @@ def collated_samples(loader: Any, samples: int = 8) -> Any:
         return None
     if len(dataset) == 0:
         return None
-    indices = list(range(min(samples, size, len(dataset))))
-    fetch = getattr(dataset, "__getitems__", None)
     with isolate_rng():
-        return collate(fetch(indices) if fetch else [dataset[i] for i in indices])
+        return _collated(dataset, collate, range(min(samples, size, len(dataset))))
+
+
+def _collated(dataset: Any, collate: Callable[[Any], Any], indices: Sequence[int]) -> Any:
+    fetch = getattr(dataset, "__getitems__", None)
+    return collate(fetch(list(indices)) if fetch else [dataset[i] for i in indices])
+
+
+def drawn_batches(loader: Any, count: int, seed: int = 0, part: int = 0, parts: int = 1) -> list[Any]:
+    """Up to ``count`` batches of samples drawn by ``seed``, collated by hand: no worker starts, no sampler moves.
+
+    Args:
+        loader: a map-style DataLoader.
+        count: how many batches, of the loader's size.
+        seed: of the draw; augmentation draws from the global generators, which the caller seeds.
+        part: which of ``parts`` of the samples to draw from: those are disjoint, and all give as many batches.
+        parts: how many there are.
+
+    Returns:
+        The batches; empty for any other loader.
+
+    Example:
+        >>> loader = torch.utils.data.DataLoader(torch.arange(6), batch_size=2)
+        >>> [len(batch) for batch in drawn_batches(loader, 2)]
+        [2, 2]
+    """
+    dataset: Any = getattr(loader, "dataset", None)
+    collate, batched = getattr(loader, "collate_fn", None), getattr(loader, "batch_sampler", None)
+    size = getattr(loader, "batch_size", None) or getattr(batched, "batch_size", None)
+    if collate is None or size is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        return []
+    shuffled = list(range(len(dataset)))
+    random.Random(seed).shuffle(shuffled)
+    own = shuffled[part::parts][: len(dataset) // parts]
+    size = min(size, len(own)) or 1
+    starts = range(0, len(own) - size + 1, size)
+    return [_collated(dataset, collate, own[at : at + size]) for at in starts[:count]]

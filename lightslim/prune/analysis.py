@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from lightslim.errors import CompressionError
 from lightslim.graph import Graph, Group, record
-from lightslim.infit import validation_data
+from lightslim.infit import mean_gradients, validation_data
 from lightslim.prune.evaluation import Evaluation
 from lightslim.prune.pruner import StructurePruner
 from lightslim.prune.sensitivity_file import Sensitivities, SensitivityFile, model_fingerprint
@@ -107,11 +107,14 @@ class Analysis:
     measure: Measure
     data: tuple[list[Any], list[float]] | None = None
     evaluation: Evaluation = field(init=False)
+    _tensors: Mapping[str, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         loaders, limits = self.data or validation_data(self.trainer)
         rate, memory = self.measure.rate, int(self.measure.memory * GIB)
         self.evaluation = Evaluation(self.trainer, self.module, loaders, limits, rate, memory)
+        # All processes take part in gradients, so they are not left to rank 0
+        self._tensors = self.pruner.tensors(self.module, lambda: mean_gradients(self.trainer, self.module))
 
     def fingerprint(self) -> dict[str, Any]:
         """What the points depend on."""
@@ -199,7 +202,7 @@ class Analysis:
         cuts = []
         if self.trainer.is_global_zero:
             group = self.groups[name]
-            scores = self.pruner.importance(group, dict(self.module.named_parameters()))
+            scores = self.pruner.importance(group, self._tensors)
             kept = [self.pruner.keep(scores, group.size - masked_units(group.size, ratio)) for ratio in ratios]
             cuts = [Cut(plan(self.module, self.graph, {group.axis: mask}).slices) for mask in kept]
         return [Cut.from_state(state) for state in self._agreed([cut.to_state() for cut in cuts])]

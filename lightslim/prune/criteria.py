@@ -1,6 +1,8 @@
 """How important is a unit? A criterion is a function of one weight: ``f(weight, axis=0) -> scores``.
 
-One that has an attribute ``reads = "norm"`` is given the scale of the norm behind the layer instead of its weight.
+One that has an attribute ``reads = "norm"`` is given the scale of the norm behind the layer instead of its weight. One
+with ``reads = "gradient"`` finds the gradient of the training loss in ``weight.grad``: inside a fit it is the mean over
+some training batches, which the pruner takes; on a plain module it is what the user's ``backward()`` left there.
 """
 
 import torch

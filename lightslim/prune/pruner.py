@@ -1,9 +1,9 @@
 """Which units go: patterns say along which dimension and by which criterion each parameter is ranked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightslim.errors import CompressionError
 from lightslim.graph import Graph, Group, Slot
@@ -72,6 +72,22 @@ class StructurePruner:
         """Whether a slot lies along the pruning axis of its parameter."""
         return lookup(self.pruning_axis, slot.tensor) == slot.dim
 
+    def tensors(
+        self, module: nn.Module, gradients: Callable[[], Mapping[str, Tensor]] | None = None
+    ) -> dict[str, Tensor]:
+        """The parameters of ``module`` by name, as :meth:`importance` takes them.
+
+        Args:
+            module: what is to be ranked.
+            gradients: takes gradients by parameter name; only called for a criterion that reads them. Without it the
+                parameters' own ``.grad`` counts.
+        """
+        tensors: dict[str, Tensor] = dict(module.named_parameters())
+        if gradients is None or not any(map(_reads_gradient, self._functions.values())):
+            return tensors
+        taken = gradients()
+        return {name: _with_gradient(tensor, taken.get(name)) for name, tensor in tensors.items()}
+
     def importance(self, group: Group, tensors: Mapping[str, Tensor]) -> Tensor:
         """The score of each unit: the criterion summed over every weight slice along a pruning axis that the unit owns.
 
@@ -85,7 +101,8 @@ class StructurePruner:
             1-D tensor, one score per unit; larger stays longer.
 
         Raises:
-            CompressionError: a weight holds NaN or infinity, or no criterion is given for it.
+            CompressionError: a weight or its gradient holds NaN or infinity, no criterion is given for it, or its
+                criterion reads a gradient that it does not have.
         """
         slots = [slot for slot in group.weights if self.ranks(slot)] or list(group.weights)
         named = [(slot, self._criterion(slot)) for slot in slots]
@@ -100,7 +117,13 @@ class StructurePruner:
         return name
 
     def _score(self, slot: Slot, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        scores: Tensor = self._functions[name](tensors[slot.tensor], axis=slot.dim)
+        weight = tensors[slot.tensor]
+        if _reads_gradient(self._functions[name]) and weight.grad is None:
+            raise CompressionError(
+                f"{slot.tensor} cannot be ranked by {name}: it has no gradient; on a plain model call loss.backward() "
+                "before, and let frozen weights be ranked by another criterion or name them in ignore"
+            )
+        scores: Tensor = self._functions[name](weight, axis=slot.dim)
         if not bool(torch.isfinite(scores).all()):
             raise CompressionError(f"{slot.tensor} holds NaN or infinite values: it cannot be ranked by {name}")
         return scores
@@ -110,6 +133,17 @@ class StructurePruner:
         """Bool mask of the ``count`` best units; among equals the lower index stays."""
         best = torch.argsort(scores, descending=True, stable=True)[:count]
         return torch.zeros(len(scores), dtype=torch.bool).index_fill_(0, best, True)
+
+
+def _reads_gradient(criterion: Callable[..., Tensor]) -> bool:
+    return getattr(criterion, "reads", None) == "gradient"
+
+
+def _with_gradient(tensor: Tensor, gradient: Tensor | None) -> Tensor:
+    """The values of ``tensor`` with a gradient of their own: the parameter's stays as it is."""
+    seen = tensor.detach()
+    seen.grad = None if gradient is None else gradient.to(seen)
+    return seen
 
 
 def _norm_scales(group: Group) -> list[Slot]:

@@ -67,7 +67,7 @@ class UniformPruning:
     def tried(self, probe: Probe) -> tuple[Graph, Kept, Solution]:
         """The model's recording, with what does not stand the cut frozen, the units to keep and the widths behind."""
         found: list[Solution] = []
-        tensors = dict(probe.module.named_parameters())
+        tensors = self.pruner.tensors(probe.module, probe.gradients)
 
         def choose(graph: Graph) -> Kept:
             groups = self.pruner.selected(graph, self.pruned_params, self.ignore)
@@ -120,7 +120,7 @@ def prune(
         model: any module; its parameters stay the same objects.
         example_inputs: a tensor, a tuple of arguments or a dict of them; the batch should hold two samples or more.
         target_ratio: share of FLOPs to remove, in (0, 1).
-        criterion: name of a registered criterion.
+        criterion: name of a registered criterion; one that reads gradients takes them from the parameters' ``.grad``.
         pruned_params: pattern (glob or regular expression) of the parameters whose units may go.
         ignore: patterns of parameters whose units stay.
         round_to: layers of ``4 * round_to`` units or more keep a multiple of it.

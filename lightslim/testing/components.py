@@ -18,7 +18,7 @@ def assert_criterion(criterion: Callable[..., Tensor]) -> None:
     """One finite score for each slice along any axis; a slice of zeros scores least; the weight stays as it is.
 
     Args:
-        criterion: ``f(weight, axis=0) -> scores``.
+        criterion: ``f(weight, axis=0) -> scores``; one that reads gradients is given a weight that has one.
 
     Raises:
         AssertionError: says what does not hold.
@@ -26,18 +26,24 @@ def assert_criterion(criterion: Callable[..., Tensor]) -> None:
     Example:
         >>> assert_criterion(lambda weight, axis=0: weight.movedim(axis, 0).flatten(1).abs().amax(1))
     """
-    weight = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
+    weight, gradient = torch.randn(2, 4, 3, 2, generator=torch.Generator().manual_seed(0))
+    weight.grad = gradient
     before = weight.clone()
     for axis in range(3):
         scores = criterion(weight, axis=axis)
         expected = (weight.shape[axis],)
         assert scores.shape == expected, f"axis {axis}: the scores are {tuple(scores.shape)}, not {expected}"
         assert bool(torch.isfinite(scores).all()), f"axis {axis}: the scores of finite weights are not finite"
-        moved = criterion(weight.movedim(axis, 0), axis=0)
+        moved = criterion(_graded(weight.movedim(axis, 0), gradient.movedim(axis, 0)), axis=0)
         assert torch.allclose(scores, moved), f"axis {axis}: the same slices along axis 0 have other scores"
     assert torch.equal(weight, before), "it changes the weight it is given"
-    scores = criterion(torch.cat([weight, torch.zeros(1, 3, 2)]))
+    scores = criterion(_graded(torch.cat([weight, torch.zeros(1, 3, 2)]), torch.cat([gradient, gradient[:1]])))
     assert int(scores.argmin()) == 4, f"a slice of zeros is to score least; the scores are {scores.tolist()}"
+
+
+def _graded(weight: Tensor, gradient: Tensor) -> Tensor:
+    weight.grad = gradient
+    return weight
 
 
 def assert_range(make: Callable[..., Range]) -> None:
