@@ -14,9 +14,10 @@ from lightslim.errors import CompressionError
 from lightslim.export.bench import bench, report
 from lightslim.recipe import Recipe
 from lightslim.recipe.sources import settings_of
-from lightslim.registry import registry
+from lightslim.registry import KINDS, registry
 from lightslim.rundir import read_result, recipe_of
 from lightslim.show import comparison, exports_table, inspection, number, result_table, sensitivity_table
+from lightslim.skeleton import new_plugin
 from lightslim.tables import table
 
 
@@ -56,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity.set_defaults(command=_sensitivity)
     plugins = commands.add_parser("plugins", help="list the components at hand and the packages that bring them")
     plugins.set_defaults(command=_plugins)
+    new = plugins.add_subparsers(metavar="COMMAND").add_parser(
+        "new", help="write a package with a component of your own"
+    )
+    new.add_argument("name", metavar="NAME", help="of the package, as lightslim-mine")
+    new.add_argument("--kind", default="criterion", help=f"of the component: {', '.join(KINDS)} (default: criterion)")
+    new.add_argument("--out", metavar="DIR", default=".", help="where its folder goes (default: here)")
+    new.set_defaults(command=_new_plugin)
     inspect = commands.add_parser("inspect", help="say what a checkpoint has been through")
     inspect.add_argument("checkpoint", metavar="CKPT")
     inspect.set_defaults(command=lambda options: print(inspection(options.checkpoint)))
@@ -103,6 +111,11 @@ def _plugins(options: argparse.Namespace) -> None:
     print(table(("name", "kind", "distribution", "version"), rows, left=4))
     for problem in found.problems:
         print(f"not taken in: {problem}", file=sys.stderr)
+
+
+def _new_plugin(options: argparse.Namespace) -> None:
+    folder = new_plugin(options.name, options.kind, options.out)
+    print(f"{folder} is written; next: pip install -e {folder}, then pytest {folder}")
 
 
 def _export(options: argparse.Namespace) -> None:

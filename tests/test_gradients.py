@@ -90,7 +90,7 @@ def test_a_stream_is_refused(tmp_path):
             return iter(images(32))
 
     with pytest.raises(CompressionError, match="map-style DataLoader of training data"):
-        trainer(tmp_path, Taking()).fit(TinyModule(), DataLoader(Stream(), batch_size=8))
+        trainer(tmp_path, Taking()).fit(TinyModule(), DataLoader(Stream(), batch_size=8), loaders()[1])
 
 
 SCRIPT = """
