@@ -57,7 +57,7 @@ def test_the_chinese_page_shows_the_seeds_recipe_word_for_word():
 
 
 def test_links_lead_somewhere():
-    for page in PAGES:
+    for page in [*PAGES, *ROOT.glob("experiments/**/README.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page}: {target}"
 
