@@ -20,7 +20,11 @@ trainer:
   enable_progress_bar: false
   enable_model_summary: false
   callbacks:
-  - {class: "pytorch_lightning.callbacks:ModelCheckpoint", dirpath: kept, filename: "{epoch}", save_top_k: -1, mode: max}
+  - class: "pytorch_lightning.callbacks:ModelCheckpoint"
+    dirpath: kept
+    filename: "{epoch}"
+    save_top_k: -1
+    mode: max
 pruners: {by_taylor: {class: StructurePruner, criterions: {"*": taylor}}}
 strategies: {halve: {class: UniformPruneStrategy, pruner: by_taylor, start_epoch: 1, target_ratio: 0.5}}
 compressor: {epoch: 2, strategies: [halve]}
