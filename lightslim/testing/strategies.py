@@ -98,7 +98,7 @@ def _fit(
     seed_everything(0, verbose=False)
     strategy = make()  # what it draws, as a teacher, is to be the same each time
     seed_everything(seed, verbose=False)
-    module = TinyModule("adam")
+    module = TinyModule("one_cycle")
     saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, enable_version_counter=False)
     trainer = tiny_trainer(folder, strategy, saver, enable_checkpointing=True)
     trainer.fit(module, *tiny_loaders(), ckpt_path=checkpoint)

@@ -34,12 +34,13 @@ class KeepsItsPlace:
 
 
 @pytest.mark.parametrize("name", [name for kind, name in ROWS if kind == "strategy"])
-def test_every_strategy_goes_on_in_the_middle_of_an_epoch(tmp_path, name):
+@pytest.mark.parametrize("optimizer", ["adam", "one_cycle"])  # the latter asks for the number of steps
+def test_every_strategy_goes_on_in_the_middle_of_an_epoch(tmp_path, name, optimizer):
     def fit(seed, checkpoint=None):
         pl.seed_everything(0, verbose=False)
         strategy = ROWS["strategy", name]()
         pl.seed_everything(seed, verbose=False)
-        module = TinyModule("adam")
+        module = TinyModule(optimizer)
         saver = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
         trainer = pl.Trainer(
             accelerator="cpu", max_epochs=3, callbacks=[strategy, saver], logger=False, enable_progress_bar=False,
