@@ -9,20 +9,24 @@ from pathlib import Path
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from lightslim.compare import as_csv, as_markdown, as_text, find_runs, rows_of
 from lightslim.compressor import Compressor
 from lightslim.errors import CompressionError
 from lightslim.export.bench import bench, report
+from lightslim.files import replacing
+from lightslim.pareto import picture
 from lightslim.recipe import Recipe
 from lightslim.recipe.sources import settings_of
 from lightslim.registry import KINDS, registry
-from lightslim.rundir import read_result, recipe_of
-from lightslim.show import comparison, exports_table, inspection, number, result_table, sensitivity_table
+from lightslim.rundir import default_sweep_folder, recipe_of
+from lightslim.show import exports_table, inspection, number, result_table, sensitivity_table
 from lightslim.skeleton import new_plugin
+from lightslim.sweep import grid, run_grid, seeds_from
 from lightslim.tables import table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 after a :class:`CompressionError`, told in one line."""
+    """Run one command; returns the exit status: 0, 2 after a :class:`CompressionError`, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     # Lightning's use of a deprecated corner of torch is nothing a user can act on.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
@@ -31,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CompressionError as error:
         print("lightslim: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("lightslim: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -48,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
         if name == "run":
             sub.add_argument("--resume", metavar="CKPT|auto", help="continue from a checkpoint of this run")
             sub.add_argument("--out", metavar="DIR", help="the run directory (default: runs/<recipe>)")
+            sub.add_argument(
+                "--sweep",
+                action="append",
+                default=[],
+                metavar="KEY.PATH=VALUE,VALUE",
+                help="a run for each value, or combination of several sweeps; repeat the command to go on",
+            )
+            sub.add_argument("--seeds", type=int, metavar="N", help="N runs of each, from the recipe's seed on")
     sensitivity = commands.add_parser("sensitivity", help="measure what each layer can spare, and train nothing")
     sensitivity.add_argument("recipe", metavar="RECIPE", help="its SensitivePruneStrategy says what to measure")
     sensitivity.add_argument("--out", required=True, metavar="FILE", help="JSON; one that is there is continued")
@@ -81,16 +96,36 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", type=int, default=1)
     bench.set_defaults(command=_bench)
     compare = commands.add_parser("compare", help="set finished runs side by side")
-    compare.add_argument("runs", metavar="RUN_DIR", nargs="+", type=Path)
+    compare.add_argument("runs", metavar="RUN_DIR", nargs="+", type=Path, help="runs, or folders of them")
+    compare.add_argument("--latency", action="store_true", help="time the exported files, too")
+    compare.add_argument("--out", action="append", default=[], metavar="FILE", type=Path, help=".md, .csv or .png")
+    compare.add_argument("--x", default="flops", metavar="COLUMN", help="what the picture's cost is (default: flops)")
+    compare.add_argument("--y", metavar="COLUMN", help="what its quality is (default: the first metric)")
+    compare.add_argument("--mode", choices=("max", "min"), default="max", help="whether more or less of it is better")
     compare.set_defaults(command=_compare)
     return parser
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.sweep or options.seeds is not None:
+        _sweep(options)
+        return
     compressor = Compressor.from_recipe(Recipe.from_yaml(options.recipe, options.set), out=options.out)
     result = compressor.run(resume=options.resume).result
     tables = (result_table(result), exports_table(result["exports"]))
     rank_zero_only(print)(*filter(None, tables), f"everything is in {compressor.folder}", sep="\n")
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    if options.resume:
+        raise CompressionError("--resume is for one run: a sweep goes on by itself when the command is given again")
+    if options.seeds is not None and options.seeds < 1:
+        raise CompressionError(f"--seeds {options.seeds}: it takes 1 or more")
+    recipe = Recipe.from_yaml(options.recipe, options.set)
+    out = Path(options.out) if options.out else default_sweep_folder(recipe.path)
+    cells = grid(options.sweep, list(seeds_from(recipe.seed, options.seeds)) if options.seeds else [])
+    folders = run_grid(recipe.path, cells, options.set, out)
+    print(as_text(rows_of(folders)), f"everything is in {out}", sep="\n")
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -134,4 +169,20 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    print(comparison({str(folder): read_result(folder) for folder in options.runs}))
+    finished, begun = find_runs(options.runs)
+    rows = rows_of(finished, options.latency)
+    write = {
+        ".md": lambda: as_markdown(rows).encode(),
+        ".csv": lambda: as_csv(rows).encode(),
+        ".png": lambda: picture(rows, options.x, options.y, options.mode),
+    }
+    for path in options.out:
+        if path.suffix not in write:
+            raise CompressionError(f"--out {path}: the ending must be one of {', '.join(write)}")
+    contents = {path: write[path.suffix]() for path in options.out}
+    print(as_text(rows))
+    for folder in begun:
+        print(f"not finished: {folder}", file=sys.stderr)
+    for path, content in contents.items():
+        with replacing(path) as partial:
+            partial.write_bytes(content)

@@ -20,11 +20,19 @@ def default_folder(recipe: Path, resuming: bool) -> Path:
 
     A file called recipe.yaml is named after its folder.
     """
-    name = recipe.stem if recipe.stem != "recipe" else recipe.resolve().parent.name
-    number = 1
+    name, number = _name_of(recipe), 1
     while _numbered(name, number).exists():
         number += 1
     return _numbered(name, max(number - 1, 1) if resuming else number)
+
+
+def default_sweep_folder(recipe: Path) -> Path:
+    """``runs/<name of the recipe>-sweep``, the same each time: a sweep given again goes on."""
+    return Path("runs") / f"{_name_of(recipe)}-sweep"
+
+
+def _name_of(recipe: Path) -> str:
+    return recipe.stem if recipe.stem != "recipe" else recipe.resolve().parent.name
 
 
 def _numbered(name: str, number: int) -> Path:

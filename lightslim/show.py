@@ -54,16 +54,6 @@ def sensitivity_table(sensitivities: Mapping[str, Mapping[str, Any]]) -> str:
     return table(("parameter", "units", *(f"{share:.0%}" for share in shares)), rows)
 
 
-def comparison(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Finished runs side by side: what each ended with."""
-    ends = {run: {**flat(result["after"]), "seconds": result["seconds"]} for run, result in results.items()}
-    columns = list(dict.fromkeys(name for values in ends.values() for name in values))
-    rows = [
-        (run, *(number(values[name]) if name in values else "" for name in columns)) for run, values in ends.items()
-    ]
-    return table(("run", *columns), rows)
-
-
 def flat(measured: Mapping[str, Any]) -> dict[str, float]:
     """A measurement with its metrics beside its costs.
 

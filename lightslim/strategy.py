@@ -124,7 +124,7 @@ class CompressionStrategy(Callback):
         # Before the loaders' iterators are made: they draw the order of the samples
         if self._random is not None:
             restore_own(trainer, self._random["states"])
-            # A schedule that asks for the number of steps has had them made too early, the loaders' own state not loaded
+            # A schedule that asks for the number of steps has had them made too early, without their own state
             trainer.fit_loop._combined_loader = None
 
     @override

@@ -220,7 +220,7 @@ BAD = [
     (["inspect", "foreign.ckpt"], "no checkpoint that lightslim can read"),
     (["compare", "empty"], "not the result of a run"),
     (["inspect", "small.yaml"], "cannot be read as a checkpoint"),
-    (["compare", "."], "not a finished run"),
+    (["compare", "absent"], "not a finished run"),
 ]
 
 

@@ -1,0 +1,76 @@
+"""What a run costs against how good it is, as a picture: the runs that nothing beats in both are joined by a line."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from lightslim.compare import Row, columns_of
+from lightslim.errors import CompressionError, did_you_mean
+from lightslim.prune.curves import can_draw
+
+Point = tuple[float, float]
+
+
+def front(points: Sequence[Point], maximize: bool = True) -> list[Point]:
+    """The points for which no other costs as little and is as good, by cost.
+
+    Example:
+        >>> front([(1, 0.5), (2, 0.4), (3, 0.9)])
+        [(1, 0.5), (3, 0.9)]
+    """
+    sign = 1 if maximize else -1
+    best: list[Point] = []
+    for cost, quality in sorted(points, key=lambda point: (point[0], -sign * point[1])):
+        if not best or sign * quality > sign * best[-1][1]:
+            best.append((cost, quality))
+    return best
+
+
+def picture(rows: Sequence[Row], x: str, y: str | None = None, mode: str = "max") -> bytes:
+    """A PNG of ``y`` over ``x``.
+
+    Args:
+        rows: from :func:`lightslim.compare.rows_of`.
+        x: the column of the cost, as ``flops``.
+        y: the column of the quality; None for the first metric.
+        mode: ``max`` if more of ``y`` is better, else ``min``.
+
+    Raises:
+        CompressionError: matplotlib is not installed, or no row has such columns.
+    """
+    if not can_draw():
+        raise CompressionError("a picture needs matplotlib: pip install matplotlib, or write .md or .csv")
+    columns = columns_of(rows)
+    y = y or columns[0]
+    for column in (x, y):
+        if column not in columns:
+            raise CompressionError(f"no run has a column {column!r}; {did_you_mean(column, columns)}")
+    shown = [(row, cost, good) for row in rows
+             if (cost := row.mean(x)) is not None and (good := row.mean(y)) is not None]  # fmt: skip
+    buffer = io.BytesIO()
+    _figure(shown, x, y, mode).savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _figure(shown: Sequence[tuple[Row, float, float]], x: str, y: str, mode: str) -> Any:
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(9, 5.5), dpi=110, layout="constrained")
+    axes = drawing.add_subplot()
+    line = front([(cost, good) for _, cost, good in shown], mode == "max")
+    axes.plot(*zip(*line, strict=True), color="0.6", linewidth=1.2, zorder=1, label="nothing better is cheaper")
+    for row, cost, good in shown:
+        values = row.values[y]
+        (mark,) = axes.plot([cost], [good], "o", zorder=3, color="C0" if (cost, good) in line else "0.5")
+        axes.vlines(cost, min(values), max(values), color=mark.get_color(), zorder=2)
+        axes.annotate(_short(row.name), (cost, good), xytext=(6, 6), textcoords="offset points", fontsize=8)
+    axes.set_xlabel(x)
+    axes.set_ylabel(f"{y} (mean, from least to most)" if any(row.runs > 1 for row, _, _ in shown) else y)
+    axes.margins(x=0.15, y=0.12)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    return drawing
+
+
+def _short(name: str) -> str:
+    return name.rpartition("/")[2] or name
