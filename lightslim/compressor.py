@@ -25,6 +25,7 @@ from lightslim.loading import read_checkpoint, restore
 from lightslim.measure import Measurement
 from lightslim.monitor import CompressionMonitor
 from lightslim.recipe import Recipe
+from lightslim.recipe.needs import plugins_named, with_plugins
 from lightslim.registry import registry
 from lightslim.rehearsal import Fetches, Rehearsal, Rehearsed, Writing
 from lightslim.steps import replaced
@@ -185,7 +186,7 @@ class Compressor:
         seed_everything(recipe.seed or 0, verbose=False)
         self._init_model(recipe.init_model)
         trainer = self._trainer([measurement, *strategies])
-        rundir.write_recipe(self.folder, recipe.resolved())
+        rundir.write_recipe(self.folder, with_plugins(recipe.resolved()))
         self._fit(trainer, checkpoint)
         if not measurement.after and resume != "auto":
             raise CompressionError("there was nothing to train: see epoch, max_time and limit_train_batches")
@@ -325,7 +326,10 @@ class Compressor:
         return {
             "recipe": str(self._recipe.path),
             "seed": self._recipe.seed or 0,
-            "versions": {name: version(name) for name in ("lightslim", "torch", "pytorch-lightning")},
+            "versions": {
+                **{name: version(name) for name in ("lightslim", "torch", "pytorch-lightning")},
+                **plugins_named(self._recipe.resolved()),
+            },
             "seconds": round(seconds, 2),
             "before": measured.before,
             "after": measured.after,

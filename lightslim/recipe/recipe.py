@@ -3,7 +3,8 @@
 Sections ``pruners``, ``distillers`` and ``strategies`` hold named instances, ``name: {class: Name, argument: value}``;
 ``model``, ``teacher`` and ``data`` hold one object each, of a ``class: pkg.mod:Name``, ``teachers`` several by name (a
 teacher's ``checkpoint`` holds its weights); ``trainer`` holds arguments for Lightning's Trainer; ``compressor`` (of old
-``compress_pass``) says what runs and for how long; ``include`` names more files. Everything is checked when the file is
+``compress_pass``) says what runs and for how long; ``plugins`` lists distributions that must be installed; ``include``
+names more files. Everything is checked when the file is
 read; models, data and what the Trainer takes are built when asked for.
 """
 
@@ -23,6 +24,8 @@ from lightslim.recipe.arguments import bind
 from lightslim.recipe.blueprint import Blueprint, importable, realize
 from lightslim.recipe.drafts import drafted, instance, instances, section
 from lightslim.recipe.hints import fit
+from lightslim.recipe.needs import SECTION as PLUGINS
+from lightslim.recipe.needs import check_plugins
 from lightslim.recipe.places import Where
 from lightslim.recipe.schedule import SECTIONS, schedule
 from lightslim.recipe.sources import gather
@@ -31,7 +34,7 @@ from lightslim.strategy import CompressionStrategy
 from lightslim.surgery import CHECKPOINT_KEY
 
 _OBJECTS = ("model", "data")
-_SECTIONS = ("pruners", "distillers", "strategies", *_OBJECTS, "teacher", "teachers", "trainer", *SECTIONS)
+_SECTIONS = ("pruners", "distillers", "strategies", *_OBJECTS, "teacher", "teachers", "trainer", PLUGINS, *SECTIONS)
 
 # What the trainer section must leave to the compressor section.
 _SAME_SETTING = {"max_epochs": "epoch", "check_val_every_n_epoch": "eval_epoch"}
@@ -83,6 +86,7 @@ class Recipe:
         """
         document = gather(path, _SECTIONS, overrides)
         with importable(Path.cwd(), Path(path).parent):
+            check_plugins(document)
             strategies = _strategies(document)
             settings = schedule(document, strategies)
             listed = settings.pop("strategies")
