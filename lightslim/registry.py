@@ -132,12 +132,21 @@ def load(points: Iterable[EntryPoint]) -> Registry:
     points = sorted(points, key=lambda point: (point.name != "builtin", point.name, _source(point)))
     if not any(point.name == "builtin" for point in points):
         raise CompressionError("lightslim is not installed, its own components cannot be found: pip install -e .")
-    disabled = {name.strip() for name in os.environ.get(DISABLED, "").split(",")}
     found = Registry()
     for point in points:
-        if not {point.name, _source(point)[0]} & disabled:
+        if not _is_disabled(point):
             _load_one(found, point)
     return found
+
+
+def disabled() -> set[str]:
+    """The installed distributions of which a plugin is left out because the environment says so."""
+    return {_source(point)[0] for point in entry_points(group="lightslim") if _is_disabled(point)}
+
+
+def _is_disabled(point: EntryPoint) -> bool:
+    names = {name.strip() for name in os.environ.get(DISABLED, "").split(",")}
+    return bool({point.name, _source(point)[0]} & names)
 
 
 def _load_one(found: Registry, point: EntryPoint) -> None:

@@ -10,20 +10,25 @@ from typing import Any
 
 from lightslim.recipe.hints import fit
 from lightslim.recipe.yamlfile import Document
-from lightslim.registry import Entry, registry
+from lightslim.registry import DISABLED, Entry, disabled, registry
 
 SECTION = "plugins"
+_NEED = re.compile(r"([A-Za-z0-9][\w.-]*)\s*(==\s*\S+)?")
 
 
 def check_plugins(document: Document) -> None:
     """Look whether all that a recipe asks for is there.
 
     Raises:
-        CompressionError: it isn't; says how to get it, or why it could not be taken in.
+        CompressionError: it isn't; says how to get it, or why it could not be taken in. Or what stands there is neither
+            NAME nor NAME==VERSION.
     """
     where = document.where(SECTION)
     for index, needed in enumerate(fit(document.tree.get(SECTION), list[str] | None, where) or []):
-        name = needed.partition("==")[0].strip()
+        match = _NEED.fullmatch(needed.strip())
+        if match is None:
+            raise (where / index).error(f"{needed!r} is no plugin: NAME or NAME==VERSION")
+        name = match[1]
         if _plain(name) not in {_plain(entry.distribution) for entry in registry().entries()}:
             raise (where / index).error(_absence(name))
 
@@ -51,6 +56,8 @@ def _absence(name: str) -> str:
     for problem in registry().problems:
         if _plain(problem.distribution) == _plain(name):
             return f"the plugin {name!r} cannot be taken in: {problem}"
+    if _plain(name) in map(_plain, disabled()):
+        return f"the plugin {name!r} is disabled: take it out of {DISABLED}"
     return f"the plugin {name!r} is not installed: pip install {name}"
 
 
