@@ -1,8 +1,8 @@
 """How far a tensor reaches: small stateful parts that say from where to where its grid spans.
 
 A range is called with the tensor and returns its :class:`Bounds`. Those that learn do so in training mode, and stay as
-they are in evaluation mode; exact ones look at the tensor at hand each time. What they learn are buffers, or parameters,
-which a strategy hands to the optimizer that trains the layer.
+they are in evaluation mode; exact ones look at the tensor at hand each time. What they learn are buffers, or
+parameters, which a strategy hands to the optimizer that trains the layer.
 """
 
 import math

@@ -50,9 +50,7 @@ class AttentionDistiller(Distiller):
             )
         if not 1 <= power < float("inf"):
             raise CompressionError(f"power is {power}; it must be 1 or more, and finite")
-        super().__init__(
-            student_maps, teacher_maps, distillation_loss_weight, False, teacher, name or "attention_loss"
-        )
+        super().__init__(student_maps, teacher_maps, distillation_loss_weight, False, teacher, name or "attention_loss")
         self.power = power
 
     @override

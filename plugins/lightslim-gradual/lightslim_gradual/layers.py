@@ -60,10 +60,14 @@ class Choice:
                 left[name] = f"{weight.numel()} weights are fewer than min_size {self.min_size}"
             elif self.pattern and inputs % parse_pattern(self.pattern)[1]:
                 left[name] = f"{inputs} inputs do not divide into groups of {parse_pattern(self.pattern)[1]}"
-        if len(left) == len(found):
+        return {name: (weight, axis) for name, (weight, axis, _) in found.items() if name not in left}, left
+
+    def check(self, model: nn.Module) -> None:
+        """Raise if no layer takes part."""
+        chosen, left = self.select(model)
+        if not chosen:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in left.items())
             raise CompressionError(f"no layer is left to prune: {reasons}")
-        return {name: (weight, axis) for name, (weight, axis, _) in found.items() if name not in left}, left
 
     def masks(self, chosen: Chosen, progress: float, before: Masks | None = None) -> Masks:
         """The masks at a point of the schedule, from 0 to 1; what ``before`` says is gone already stays so."""
@@ -100,6 +104,7 @@ def sparsify(model: nn.Module, sparsity: float | None = None, ranking: str = "la
         16
     """
     choice = Choice(sparsity, 0.0, ranking, pattern, pruned_params, ignore, min_size)
+    choice.check(model)
     chosen = choice.select(model)[0]
     masks = choice.masks(chosen, 1.0)
     with torch.no_grad():

@@ -82,7 +82,7 @@ def masks_for(
             score = score.masked_fill(before[name], -1.0)
         stays.view(-1)[score.argmax()] = True
         scores[name] = score.masked_fill(stays, torch.inf).flatten()
-    if ranking == "global":
+    if ranking == "global" and scores:
         everything = _lowest(torch.cat(list(scores.values())), sparsity).split([len(s) for s in scores.values()])
         return {name: mask.view_as(weights[name]) for name, mask in zip(scores, everything, strict=True)}
     return {name: _lowest(score, sparsity).view_as(weights[name]) for name, score in scores.items()}

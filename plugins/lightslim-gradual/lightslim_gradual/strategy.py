@@ -1,22 +1,19 @@
-"""When weights become zero, and what keeps them there while the optimizer goes on."""
+"""When weights become zero: the schedule, over the epochs of a fit."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.optim import Optimizer
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightslim import CompressionError, CompressionStrategy
-from lightslim.infit import averaged_copies, optimizers_of
-from lightslim.surgery import cuts_of
+from lightslim import CompressionError
 from lightslim.tables import table
-from lightslim_gradual.held import Held
+from lightslim_gradual.holding import HoldingStrategy
 from lightslim_gradual.layers import Choice
 
 
-class GradualPruningStrategy(CompressionStrategy):
+class GradualPruningStrategy(HoldingStrategy):
     """Set more and more of the least weights to zero, along a cubic schedule from ``start_epoch`` to ``end_epoch``.
 
     Zhu and Gupta, *To prune, or not to prune*, 2017. A weight that is gone gets no gradient, loses what the optimizer
@@ -65,41 +62,30 @@ class GradualPruningStrategy(CompressionStrategy):
         self.choice = Choice(sparsity, initial_sparsity, ranking, pattern, pruned_params, tuple(ignore), min_size)
         self.every = every
         self._given_end = self.end_epoch
-        self._held = Held()
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), **self._held.to_state()}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._held = Held(state_dict["masks"], state_dict["cuts"])
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        self.end_epoch = self._given_end if self._given_end is not None else self._halfway(trainer.max_epochs)
-        last = trainer.max_epochs
-        if last is not None and 0 < last <= self.end_epoch and not trainer.fast_dev_run:
-            raise CompressionError(
-                f"{self.name}: end_epoch is {self.end_epoch}, and training ends after {last} epochs: the last weights "
-                "to go would leave no epoch to recover in"
-            )
-        if not self._begun:
-            self._held = Held()
-        if any(True for _ in pl_module.parameters()):
-            self.choice.select(pl_module)
+        if stage == "fit":
+            self.end_epoch = self._end(trainer)
+            if any(True for _ in pl_module.parameters()):
+                self.choice.check(pl_module)
 
-    def _halfway(self, last: int | None) -> int:
-        if last is None or last < 0:
+    def _end(self, trainer: Trainer) -> int:
+        last = trainer.max_epochs
+        if self._given_end is None and (last is None or last < 0):
             raise CompressionError(f"{self.name}: training has no last epoch: say end_epoch")
-        return self.start_epoch + max(last - self.start_epoch, 0) // 2
+        end = self._given_end if self._given_end is not None else (self.start_epoch + (last or 0)) // 2
+        if last is not None and 0 < last <= end and not trainer.fast_dev_run:
+            raise CompressionError(
+                f"{self.name}: end_epoch is {end}, and training ends after {last} epochs: the last weights to go would "
+                "leave no epoch to recover in"
+            )
+        return end
 
     @override
     def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        self.choice.check(pl_module)
         chosen, left = self.choice.select(pl_module)
         rows = [(name, f"{weight.numel():,}", "") for name, (weight, _) in chosen.items()]
         rows += [(name, "", reason) for name, reason in left.items()]
@@ -108,67 +94,38 @@ class GradualPruningStrategy(CompressionStrategy):
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        self._held = Held(cuts=len(cuts_of(pl_module)))
-        return self._choose(trainer, pl_module, 0.0)
+        return self._prune(trainer, pl_module, 0.0)
 
     @override
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        return self._choose(trainer, pl_module, 1.0)
+        return self._prune(trainer, pl_module, 1.0)
 
-    def _choose(self, trainer: Trainer, module: LightningModule, progress: float) -> dict[str, Any]:
-        """Prune as far as the schedule is; returns the record."""
-        held = self._held
-        held.follow(module)
+    def _prune(self, trainer: Trainer, module: LightningModule, progress: float) -> dict[str, Any]:
+        """Go as far as the schedule is; returns the record."""
+        self.held.follow(module)
         chosen, left = self.choice.select(module)
-        before = {name: held.sparsity(name) for name in chosen}
-        masks = trainer.strategy.broadcast({k: m.cpu() for k, m in self.choice.masks(chosen, progress, held.masks).items()})
-        held.masks.update(masks)
-        for each in (module, *averaged_copies(trainer)):
-            held.zero_weights(each)
-        held.zero_memory(module, optimizers_of(trainer))
-        sparsity = {name: [before[name], held.sparsity(name)] for name in chosen}
+        before = {name: self.held.sparsity(name) for name in (*chosen, *self.held.masks)}
+        self.hold(trainer, module, self.choice.masks(chosen, progress, self.held.masks))
+        sparsity = {name: [share, self.held.sparsity(name)] for name, share in before.items()}
         return {"act": "sparsify", "sparsity": sparsity, "dense": left}
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if not self._begun:
-            return
-        cut = self._held.follow(pl_module)
-        if self._ended and not (cut and self.choice.pattern):
-            return
-        if cut or batch_idx % self.every == 0:
-            record = self._choose(trainer, pl_module, self._progress(trainer, batch_idx))
+        cut = self.held.follow(pl_module)
+        due = batch_idx % self.every == 0 and not self._ended
+        if self._begun and (due or (cut and self.choice.pattern)):
+            record = self._prune(trainer, pl_module, self._progress(trainer, batch_idx))
             if self.history[-1]["epoch"] < trainer.current_epoch:
                 self._note(trainer, record)
 
     def _progress(self, trainer: Trainer, batch_idx: int) -> float:
-        """Where in the schedule a batch is; of a stream, whose length nobody knows, each epoch's begin."""
+        """Where in the schedule a batch is; in a stream, whose length nobody knows, where its epoch is."""
         now = trainer.current_epoch + batch_idx / trainer.num_training_batches
         return (now - self.start_epoch) / max((self.end_epoch or 0) - self.start_epoch, 1e-9)
-
-    @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._begun:
-            self._held.zero_gradients(pl_module)
-
-    @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._hold(trainer, pl_module)
-
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # After on_train_end, in which averaging callbacks put the average in place
-        self._hold(trainer, pl_module)
-
-    def _hold(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._begun:
-            self._held.follow(module)
-            for each in (module, *averaged_copies(trainer)):
-                self._held.zero_weights(each)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if self._begun and not self._ended and not trainer.fast_dev_run:
-            rank_zero_warn(f"{self.name}: training ended before epoch {self.end_epoch}, short of the sparsity asked for")
+            rank_zero_warn(f"{self.name}: training ended before epoch {self.end_epoch}, short of its sparsity")

@@ -3,12 +3,12 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from conformity import assert_exports, assert_resumes, assert_trains
 from lightslim_gradual import GradualPruningStrategy, cubic
 from tiny import TinyModule, TinyNet, loaders, trainer
 
 from lightslim import CompressionError, QuantizationStrategy, UniformPruneStrategy
 from lightslim.registry import registry
-#from lightslim.testing import assert_exports, assert_resumes, assert_trains
 
 
 def gradual(**arguments):
@@ -78,7 +78,7 @@ def test_masks_are_cut_with_the_layers(tmp_path, pattern):
     cut = UniformPruneStrategy(target_ratio=0.5, start_epoch=3, round_to=4)
     trainer(tmp_path, strategy, cut, watch, max_epochs=5).fit(module, *loaders())
     assert module.net.stem[0].out_channels < 16
-    for name, mask in strategy._held.masks.items():
+    for name, mask in strategy.held.masks.items():
         weight = dict(module.named_parameters())[name]
         assert mask.shape == weight.shape
         assert not weight[mask].any()
@@ -133,8 +133,8 @@ def test_it_is_known_by_name():
     assert registry().get("strategy", "GradualPruningStrategy") is GradualPruningStrategy
 
 
-def test_it_trains():
-    assert_trains(make)
+def test_it_trains(tmp_path):
+    assert_trains(make, tmp_path)
 
 
 def test_it_resumes(tmp_path):

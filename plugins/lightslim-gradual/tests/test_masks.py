@@ -117,4 +117,4 @@ def test_wrong_arguments_are_refused(arguments, message):
 )  # fmt: skip
 def test_a_model_with_nothing_to_prune_is_refused(arguments, message):
     with pytest.raises(CompressionError, match=message):
-        Choice(**arguments).select(nn.Sequential(nn.Linear(3, 2)))
+        Choice(**arguments).check(nn.Sequential(nn.Linear(3, 2)))

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.strategies import DDPStrategy
 from lightslim import QuantizationStrategy
 from lightslim.quantize import quantizers
-from lightslim.testing import TinyModule, tiny_loaders
+from tiny import TinyModule, loaders
 
 class Watch(pl.Callback):
     seen = []
@@ -29,7 +29,7 @@ trainer = pl.Trainer(
     enable_progress_bar=False, enable_model_summary=False, default_root_dir=sys.argv[1],
     strategy=DDPStrategy(process_group_backend="gloo"),
 )
-trainer.fit(module, *tiny_loaders())
+trainer.fit(module, *loaders())
 weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
 open(f"{sys.argv[1]}/{trainer.global_rank}.json", "w").write(json.dumps({"weights": weights, "seen": watch.seen}))
 """
@@ -39,7 +39,12 @@ open(f"{sys.argv[1]}/{trainer.global_rank}.json", "w").write(json.dumps({"weight
 def test_two_processes_learn_the_same_steps(tmp_path):
     script = tmp_path / "fit.py"
     script.write_text(SCRIPT)
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": ":".join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(tmp_path),
+    }
     run = subprocess.run([sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True,
                          timeout=300)  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]

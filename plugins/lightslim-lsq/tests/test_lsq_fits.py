@@ -3,18 +3,18 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from conformity import assert_exports, assert_resumes, assert_trains
 from lightslim_lsq import LearnedStepSize
 from tiny import TinyModule, TinyNet, loaders, trainer
 
 from lightslim import QuantizationStrategy, UniformPruneStrategy
 from lightslim.quantize import quantizers
 from lightslim.registry import registry
-#from lightslim.testing import assert_exports, assert_resumes, assert_trains
 
 
 def lsq(**arguments):
-    return QuantizationStrategy(**{"start_epoch": 1, "weight_bits": 4, "activation_bits": 4,
-                                   "weight_quantize_type": "lsq", "activation_quantize_type": "lsq", **arguments})  # fmt: skip
+    ranges = {"weight_quantize_type": "lsq", "activation_quantize_type": "lsq"}
+    return QuantizationStrategy(**{"start_epoch": 1, "weight_bits": 4, "activation_bits": 4, **ranges, **arguments})
 
 
 def width(rule):
@@ -121,8 +121,8 @@ def test_it_is_known_by_name():
     assert registry().get("range", "lsq") is LearnedStepSize
 
 
-def test_it_trains():
-    assert_trains(make)
+def test_it_trains(tmp_path):
+    assert_trains(make, tmp_path)
 
 
 def test_it_resumes(tmp_path):
