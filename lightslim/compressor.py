@@ -166,22 +166,29 @@ class Compressor:
         Raises:
             CompressionError: anything that can be known to fail before the first training step.
         """
-        recipe, started, measurement = self._recipe, time.time(), Measurement()
         # Processes that rank 0 has started join the run that it has opened.
-        resuming = resume is not None or getattr(rank_zero_only, "rank", 0) > 0
-        self.folder = self.out or rundir.default_folder(recipe.path, resuming)
+        first = not getattr(rank_zero_only, "rank", 0)
+        resuming = resume is not None or not first
+        self.folder = self.out or rundir.default_folder(self._recipe.path, resuming)
+        with contextlib.ExitStack() as stack:
+            if first:
+                stack.enter_context(rundir.taken(self.folder))
+                stack.enter_context(rundir.nothing_half_written(self.folder, self.checkpoints))
+            return self._run(resume, resuming)
+
+    def _run(self, resume: str | PathLike[str] | None, resuming: bool) -> CompressionResult:
+        recipe, started, measurement = self._recipe, time.time(), Measurement()
         strategies = recipe.strategies()
         self._check_teachers(strategies)
         checkpoint = self._checkpoint(resume)
-        with rundir.nothing_half_written(self.folder, self.checkpoints):
-            rundir.prepare(self.folder, self.checkpoints, resuming)
-            seed_everything(recipe.seed or 0, verbose=False)
-            self._init_model(recipe.init_model)
-            trainer = self._trainer([measurement, *strategies])
-            rundir.write_recipe(self.folder, recipe.resolved())
-            self._fit(trainer, checkpoint)
-            if not measurement.after and resume != "auto":
-                raise CompressionError("there was nothing to train: see epoch, max_time and limit_train_batches")
+        rundir.prepare(self.folder, self.checkpoints, resuming)
+        seed_everything(recipe.seed or 0, verbose=False)
+        self._init_model(recipe.init_model)
+        trainer = self._trainer([measurement, *strategies])
+        rundir.write_recipe(self.folder, recipe.resolved())
+        self._fit(trainer, checkpoint)
+        if not measurement.after and resume != "auto":
+            raise CompressionError("there was nothing to train: see epoch, max_time and limit_train_batches")
         if not measurement.after:  # the run was finished already
             return CompressionResult(self.module, rundir.read_result(self.folder))
         result = self._result(strategies, measurement, time.time() - started)

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, whatever ends the process or fills the disk."""
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,31 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else who asks for it has ``folder`` meanwhile; the lock goes with the process, however that ends.
+
+    Raises:
+        CompressionError: somebody else has it.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with locked(folder), contextlib.suppress(CompressionError), locked(folder):
+        ...     print("never reached")
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CompressionError(f"{folder}: another process is writing there") from None
+        yield
     finally:
         os.close(handle)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightslim.checkpoints import saved_in
 from lightslim.errors import CompressionError
-from lightslim.files import replacing
+from lightslim.files import locked, replacing
 from lightslim.recipe.yamlnodes import dump
 
 RESULT, RECIPE = "result.json", "recipe.yaml"
@@ -44,26 +44,42 @@ def prepare(folder: Path, checkpoints: Path, resuming: bool) -> None:
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # by another process of the run
         except OSError as error:
             raise CompressionError(f"the run directory {path} cannot be written to: {error.strerror}") from error
 
 
 @contextlib.contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    """``folder`` is there, and no other run writes into it meanwhile; if it ends empty, it is taken away again.
+
+    Raises:
+        CompressionError: another run is there, or it cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CompressionError(f"the run directory {folder} cannot be written to: {error.strerror}") from error
+    try:
+        with locked(folder):
+            yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # there is something in it
+                path.rmdir()
+
+
+@contextlib.contextmanager
 def nothing_half_written(folder: Path, checkpoints: Path) -> Iterator[None]:
     """If a CompressionError ends what happens inside before there is a checkpoint, ``folder`` is as it was before."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    before = set(folder.iterdir()) if folder.is_dir() else set()
+    before = set(folder.iterdir())
     try:
         yield
     except CompressionError:
-        if saved_in(checkpoints):
-            raise
-        for path in set(folder.iterdir()) - before if folder.is_dir() else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in made:
-            with contextlib.suppress(OSError):  # somebody else has put something into it
-                path.rmdir()
+        if not saved_in(checkpoints):
+            for path in set(folder.iterdir()) - before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
 
 

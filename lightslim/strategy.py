@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightslim.errors import CompressionError, did_you_mean
-from lightslim.infit import refuse_masks, refuse_sharded
+from lightslim.infit import averaged_copies, refuse_masks, refuse_sharded
 from lightslim.rng import random_states, restore_own
 from lightslim.steps import replaced
 from lightslim.surgery import CHECKPOINT_KEY, conform, structure
@@ -170,6 +170,8 @@ class CompressionStrategy(Callback):
 
     def _note(self, trainer: Trainer, record: dict[str, Any] | None) -> None:
         if record is not None:
+            # What is measured on a process's own share of the data differs: rank 0's counts, as in checkpoints
+            record = trainer.strategy.broadcast(record)
             self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **record})
 
     @override
@@ -216,7 +218,8 @@ def _structured_checkpoints(trainer: Trainer, module: LightningModule) -> contex
     load, save = module.on_load_checkpoint, module.on_save_checkpoint
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-        conform(module, checkpoint["state_dict"], checkpoint.get(CHECKPOINT_KEY))
+        for each in (module, *averaged_copies(trainer)):
+            conform(each, checkpoint["state_dict"], checkpoint.get(CHECKPOINT_KEY))
         if not trainer.training:
             for strategy in strategies_of(trainer):
                 strategy.evaluate_as(trainer, module, checkpoint.get("callbacks", {}).get(strategy.state_key))

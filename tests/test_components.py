@@ -4,13 +4,18 @@ import inspect
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
-import torch
 from components import ROWS
-from tiny import TinyModule, loaders, trainer
 
 import lightslim
 from lightslim.registry import registry
+from lightslim.testing import (
+    assert_criterion,
+    assert_distiller,
+    assert_exports,
+    assert_range,
+    assert_resumes,
+    assert_trains,
+)
 
 ENTRIES = [(entry.kind, entry.name) for entry in registry().entries() if entry.distribution == "lightslim"]
 OF = {kind: [name for k, name in ENTRIES if k == kind] for kind, _ in ENTRIES}
@@ -33,56 +38,31 @@ def test_constructor_arguments_are_hinted_and_have_defaults(kind, name):
         assert parameter.default is not parameter.empty
 
 
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 @pytest.mark.parametrize("name", OF["strategy"])
-def test_a_strategy_trains_acts_and_is_read_back_from_its_checkpoint(tmp_path, name):
-    pl.seed_everything(0)
-    module, strategy = TinyModule("adam"), ROWS["strategy", name]()
-    saver = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    fit = trainer(tmp_path, strategy, saver, enable_checkpointing=True)
-    fit.fit(module, *loaders())
-    assert [record["epoch"] for record in strategy.history] == [1]
-    state = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)["callbacks"][strategy.state_key]
-    again = ROWS["strategy", name]()
-    again.load_state_dict(state)
-    assert again.history == strategy.history
-    assert same(again.state_dict(), strategy.state_dict())
+def test_a_strategy_trains_acts_and_is_read_back_from_its_checkpoint(name):
+    assert_trains(ROWS["strategy", name])
 
 
 @pytest.mark.parametrize("name", OF["strategy"])
 def test_a_strategy_resumes_with_a_fresh_module_to_the_same_weights(tmp_path, name):
-    """Epoch-end checkpoints, shuffled data, dropout: the checkpoint holds all that determines the rest of the run."""
+    assert_resumes(ROWS["strategy", name], tmp_path)
 
-    def fit(seed, checkpoint=None):
-        pl.seed_everything(0)
-        strategy = ROWS["strategy", name]()  # a teacher is to be the same
-        pl.seed_everything(seed)
-        module = TinyModule("adam")
-        saver = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-        fit = trainer(tmp_path, strategy, saver, enable_checkpointing=True)
-        fit.fit(module, *loaders(), ckpt_path=checkpoint)
-        return module
 
-    whole = fit(0)
-    for epoch in (0, 1):
-        resumed = fit(1 + epoch, tmp_path / f"epoch={epoch}.ckpt")
-        for name_, parameter in whole.named_parameters():
-            assert torch.equal(parameter, resumed.get_parameter(name_)), name_
+@pytest.mark.parametrize("name", OF["strategy"])
+def test_a_strategy_exports(tmp_path, name):
+    assert_exports(ROWS["strategy", name], tmp_path)
 
 
 @pytest.mark.parametrize("name", OF["criterion"])
 def test_a_criterion_scores_the_slices_of_any_axis(name):
-    criterion = registry().get("criterion", name)
-    weight = torch.randn(4, 3, 2)
-    for axis in range(3):
-        scores = criterion(weight, axis=axis)
-        assert scores.shape == (weight.shape[axis],)
-        moved = criterion(weight.movedim(axis, 0), axis=0)
-        torch.testing.assert_close(scores, moved)
-    empty = torch.cat([weight, torch.zeros(1, 3, 2)])
-    assert criterion(empty).argmin() == 4, "a slice of zeros is the least important"
+    assert_criterion(registry().get("criterion", name))
+
+
+@pytest.mark.parametrize("name", OF["range"])
+def test_a_range_has_bounds_learns_and_is_restored(name):
+    assert_range(ROWS["range", name])
+
+
+@pytest.mark.parametrize("name", OF["distiller"])
+def test_a_distiller_teaches_the_student_alone(name):
+    assert_distiller(ROWS["distiller", name])

@@ -269,6 +269,17 @@ class SlowModule(TinyModule):
 """
 
 
+def test_two_runs_do_not_write_into_one_folder(recipe, capsys):
+    from lightslim.files import locked
+
+    Path("out").mkdir()
+    with locked(Path("out")):
+        assert main(["run", str(recipe), "--out", "out"]) == 2
+    assert "out: another process is writing there" in capsys.readouterr().err
+    assert list(Path("out").iterdir()) == []
+    assert main(["run", str(recipe), "--out", "out"]) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_where_it_was(recipe, number):

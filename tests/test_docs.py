@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("lightslim/**/README.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README.zh.md", *sorted(ROOT.glob("lightslim/**/README.md"))]
 BLOCKS = [(page, language, block) for page in PAGES
           for language, block in re.findall(r"```(python|yaml)\n(.*?)```", page.read_text(), re.S)]  # fmt: skip
 
@@ -19,20 +19,22 @@ BLOCKS = [(page, language, block) for page in PAGES
 )
 def test_python_blocks_run(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, str(page), "exec"), {"__name__": "__main__", **_given(tmp_path)})
+    exec(compile(block, str(page), "exec"), {"__name__": "__main__", **_given(tmp_path, page)})
 
 
-def _given(tmp_path):
-    """What the pages take as known: a module, its loaders, a recipe."""
+def _given(tmp_path, page):
+    """What the pages take as known: a module, its loaders, a recipe (the page's own first one, if it has any)."""
     from tiny import TinyModule, loaders
 
     from lightslim import Compressor
 
     train, val = loaders()
-    (tmp_path / "compress.yaml").write_text(
+    recipe = (
         "strategies: {halve: {class: UniformPruneStrategy, target_ratio: 0.5}}\n"
         "compressor: {epoch: 1, strategies: [halve]}\n"
     )
+    own = (block for of, language, block in BLOCKS if (of, language) == (page, "yaml"))
+    (tmp_path / "compress.yaml").write_text(next(own, recipe))
     return {"Compressor": Compressor, "module": TinyModule(), "train_loader": train, "val_loader": val}
 
 
@@ -45,6 +47,19 @@ def test_recipes_parse(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / "recipe.yaml").write_text(block)
     Recipe.from_yaml(tmp_path / "recipe.yaml")
+
+
+def test_the_chinese_page_shows_the_seeds_recipe_word_for_word():
+    """Whose recipes, as they were published, are kept in tests/recipes."""
+    (shown,) = [block for page, language, block in BLOCKS if (page.name, language) == ("README.zh.md", "yaml")]
+    for name in ("pruners", "two_steps", "compress_pass"):
+        assert (ROOT / "tests" / "recipes" / f"{name}.yaml").read_text() in shown
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page}: {target}"
 
 
 def test_ci_runs_the_readmes_test_command():

@@ -391,13 +391,9 @@ DAMAGED = {
     "half": '{"format": 1, "fingerprint": {}, "baseline": 0.5, "sensitivities": {"a": {"pruned_perc',
     "a list": "[]",
     "of another format": '{"format": 99, "fingerprint": {}, "baseline": 0.5, "sensitivities": {}}',
-    "without fingerprint": '{"format": 1, "baseline": 0.5, "sensitivities": {}}',
-    "uneven": '{"format": 1, "fingerprint": {}, "baseline": 0.5, "sensitivities": '
-    '{"a": {"pruned_percent": [0.5], "loss": [], "size": 3}}}',
-    "out of order": '{"format": 1, "fingerprint": {}, "baseline": 0.5, "sensitivities": '
-    '{"a": {"pruned_percent": [0.5, 0.2], "loss": [0.1, 0.1], "size": 3}}}',
-    "text for a number": '{"format": 1, "fingerprint": {}, "baseline": 0.5, "sensitivities": '
-    '{"a": {"pruned_percent": ["x"], "loss": [0.1], "size": 3}}}',
+    "of the format before": '{"format": 1, "fingerprint": {}, "baseline": 0.5, "sensitivities": {}}',
+    "without a checksum": '{"format": 2, "fingerprint": {}, "baseline": 0.5, "sensitivities": {}}',
+    "edited": '{"format": 2, "fingerprint": {}, "baseline": 0.5, "sensitivities": {}, "sha256": "0"}',
     "binary": "\x80\x04\x95",
 }
 

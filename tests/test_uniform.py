@@ -7,6 +7,8 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from nets import masked, outputs, randomize
 from torch import nn
 
@@ -15,7 +17,7 @@ from lightslim import CompressionError, StructurePruner
 from lightslim.cost import cost
 from lightslim.graph import record
 from lightslim.prune import find_groups, prune
-from lightslim.prune.widths import Rounding
+from lightslim.prune.widths import Rounding, removal
 from lightslim.steps import forward_probe
 from lightslim.surgery import cuts_of
 
@@ -41,6 +43,17 @@ def test_rounding_can_be_changed_and_minimum_units_hold():
     report = prune(ResNet20(), X, 0.5, round_to=4)
     assert all(after % 4 == 0 for before, after in report.units.values() if before >= 16)
     assert Rounding(round_to=1, min_units=6).nearest(64, 0.99) == 6
+
+
+GRAPH = record(forward_probe(MobileNetV1(), X))
+
+
+@given(st.lists(st.dictionaries(st.integers(0, len(GRAPH) - 1), st.floats(0, 1), max_size=4), min_size=1, max_size=6))
+def test_what_widths_remove_does_not_depend_on_the_widths_asked_for_before(questions):
+    removed, groups = removal(GRAPH), list(GRAPH)
+    for shares in questions:
+        widths = {groups[i].axis: round(groups[i].size * share) for i, share in shares.items()}
+        assert removed(widths) == 1 - GRAPH.flops(widths) / GRAPH.flops()
 
 
 def test_an_unreachable_target_is_said_and_the_nearest_is_taken():

@@ -1,26 +1,19 @@
 """What distillation costs: one of its training steps against a float step and the teacher's forward, done by hand.
 
-    python -m experiments.bench.distill_step           # --rounds 3 --pairs mlp
-
-One fit of Lightning's Trainer; each round has one step of every variant, in shuffled order, on one batch. What counts
-is the ratio within a round to ``float + teacher``; its second run is the noise floor.
+One fit of Lightning's Trainer; each round has one step of every variant, in shuffled order, on one batch.
 """
 
-import argparse
-import logging
 import random
-import statistics
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.bench.fake_quant import interval
+from experiments.bench.paired import Row, row
 from experiments.bench.qat_step import resnet18
 from experiments.models import MobileNetV2
 from lightslim import DistillationStrategy, FSPDistiller, L2Distiller, SoftLabelDistiller
@@ -99,7 +92,7 @@ class Rounds(pl.Callback):
 
 
 def measured(pair: Pair, rounds: int) -> dict[str, list[float]]:
-    """Per-round seconds of each variant, over those of ``float + teacher``."""
+    """Per-round seconds of each variant."""
     student, teacher, x, maps = pair
     labels = torch.arange(len(x)) % 10
     strategy = DistillationStrategy(
@@ -112,27 +105,17 @@ def measured(pair: Pair, rounds: int) -> dict[str, list[float]]:
         enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Student(student, teacher), DataLoader(TensorDataset(x, labels), batch_size=len(x)))
-    base = timing.seconds["float + teacher"][WARM_UP:]
-    return {name: [one / other for one, other in zip(seconds[WARM_UP:], base, strict=True)]
-            for name, seconds in timing.seconds.items()}  # fmt: skip
+    return {name: seconds[WARM_UP:] for name, seconds in timing.seconds.items()}
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    torch.manual_seed(0)
-    for name in options.pairs:
-        student, teacher, x, maps = PAIRS[name]()
+def rows(rounds: int, quick: bool) -> Iterator[Row]:
+    """A distilled step beside one with the teacher's forward by hand; a second one of those is the control."""
+    for name, build in PAIRS.items():
+        if quick and name != "mlp":
+            continue
+        student, teacher, x, maps = build()
         for label, distillers in {"scores": [], **({"scores, map, section": maps} if maps else {})}.items():
-            for variant, values in measured((student, teacher, x, distillers), options.rounds).items():
-                low, high = interval(values)
-                print(f"{name:14s} {label:22s} {variant:24s} {statistics.median(values):5.3f}  [{low:.3f}, {high:.3f}]")
-
-
-if __name__ == "__main__":
-    main()
+            seconds = measured((student, teacher, x, distillers), rounds)
+            base = "float + teacher"
+            yield row(f"{name}, {label}, {base} again", seconds, f"{base} again", base, control=True)
+            yield row(f"{name}, {label} / {base}", seconds, "distilled", base, 1.15)

@@ -1,21 +1,13 @@
-"""One fake quantization, forward and backward, against torch's own: ``python -m experiments.bench.fake_quant``.
+"""One fake quantization, forward and backward, against torch's own."""
 
-Every variant runs once per round, in an order drawn anew, so that a slow moment of the machine hits all alike. Figures
-are ratios within a round; the first line is a control of two equal variants, whose distance from 1 is noise.
-"""
-
-import argparse
-import random
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from experiments.bench.paired import Row, Step, measure, row
 from lightslim.kernels import fake_quant
 
-Step = Callable[[], None]
 CHANNELS = 1024
 
 
@@ -50,56 +42,19 @@ def variants(count: int) -> dict[str, Step]:
 
 
 PAIRS = [
-    ("clone again", "clone"),
-    ("torch tensor", "tensor"),
-    ("torch tensor", "tensor, nothing clipped"),
-    ("torch channel", "channel"),
-    ("torch channel", "channel, nothing clipped"),
-    ("tensor", "clone"),
-    ("channel", "clone"),
-    ("torch tensor", "clone"),
-    ("torch channel", "clone"),
+    ("clone again", "clone", None),
+    ("tensor", "torch tensor", 0.5),
+    ("tensor, nothing clipped", "torch tensor", 0.25),
+    ("channel", "torch channel", 0.5),
+    ("channel, nothing clipped", "torch channel", 0.25),
+    ("tensor", "clone", None),
+    ("channel", "clone", None),
 ]
 
 
-def measure(steps: dict[str, Step], rounds: int, repeats: int) -> list[dict[str, float]]:
-    """Seconds of each step in each round, after one round that doesn't count."""
-    names, found = list(steps), []
-    for _ in range(rounds + 1):
-        random.shuffle(names)
-        found.append({name: _seconds(steps[name], repeats) for name in names})
-    return found[1:]
-
-
-def _seconds(step: Step, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    return (time.perf_counter() - start) / repeats
-
-
-def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
-    """A bootstrap 95 % interval of the median."""
-    medians = sorted(statistics.median(random.choices(values, k=len(values))) for _ in range(draws))
-    return medians[draws // 40], medians[-draws // 40]
-
-
-def main() -> None:
-    """Print a table of ratios for each size."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    random.seed(0)
-    for count, repeats in ((2**20, 5), (2**24, 1)):
-        times = measure(variants(count), options.rounds, repeats)
-        print(f"\n{count / 2**20:.0f} Mi floats, forward + backward, {options.rounds} rounds")
-        for slow, fast in PAIRS:
-            ratios = [each[slow] / each[fast] for each in times]
-            low, high = interval(ratios)
-            print(f"  {slow + ' / ' + fast:42} {statistics.median(ratios):6.2f}  [{low:.2f}, {high:.2f}]")
-
-
-if __name__ == "__main__":
-    main()
+def rows(rounds: int, quick: bool) -> Iterator[Row]:
+    """Ours beside torch's, and beside a copy of as many floats."""
+    for count, repeats in ((2**14, 1),) if quick else ((2**20, 5), (2**24, 1)):
+        seconds = measure(variants(count), rounds, repeats)
+        for ours, other, goal in PAIRS:
+            yield row(f"{count:,} floats, {ours} / {other}", seconds, ours, other, goal, control=ours == "clone again")

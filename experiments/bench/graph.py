@@ -1,16 +1,14 @@
-"""What it costs to record, unify, plan and cut: ResNets of growing depth, beside Torch-Pruning where it is installed.
-
-Run it with ``python -m experiments.bench.graph``. Times are medians of three, on as many threads as torch is given.
-"""
+"""What it costs to record, unify, plan, try and cut: ResNets beside Torch-Pruning where it is installed."""
 
 import copy
-import statistics
-import time
-import warnings
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import nn
 
+from experiments.bench.paired import Row, Step, measure, row
 from lightslim.graph import record
 from lightslim.prune import prune
 from lightslim.steps import forward_probe
@@ -50,58 +48,28 @@ def resnet(blocks: tuple[int, ...]) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(into, 1000))
 
 
-def main() -> None:
-    """One line per depth."""
+def rows(rounds: int, quick: bool) -> Iterator[Row]:
+    """The whole beside the recording alone, which is linear in the number of operations, and beside a peer."""
     x = torch.randn(2, 3, 64, 64)
-    print("| ResNet | ops | record s | record + plan + try + cut s | ms per op | forward s |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for name, blocks in DEPTHS.items():
-        net = resnet(blocks)
-        graph = record(forward_probe(net, x))
-        recorded = median(lambda net=net: record(forward_probe(net, x)))
-        whole = median(lambda net=net: _prune(copy.deepcopy(net), x))
-        forward = median(lambda net=net: net(x))
-        ops = sum(map(len, graph.traces.values()))
-        print(f"| {name} | {ops} | {recorded:.2f} | {whole:.2f} | {1000 * whole / ops:.2f} | {forward:.2f} |")
-    _peer(x)
+    for name in ["26"] if quick else DEPTHS:
+        net = resnet(DEPTHS[name])
+        steps: dict[str, Step] = {
+            "record": partial(record, forward_probe(net, x)),
+            "record again": partial(record, forward_probe(net, x)),
+            "prune": lambda net=net: prune(copy.deepcopy(net), x, 0.5),
+        }
+        if find_spec("torch_pruning"):
+            steps["Torch-Pruning"] = lambda net=net: _peer(copy.deepcopy(net), x)
+        seconds = measure(steps, max(rounds // 5, 2))
+        yield row(f"ResNet-{name}, record again", seconds, "record again", "record", control=True)
+        yield row(f"ResNet-{name}, record to cut / record", seconds, "prune", "record", 5)
+        if "Torch-Pruning" in steps:
+            yield row(f"ResNet-{name}, record to cut / Torch-Pruning", seconds, "prune", "Torch-Pruning", 1)
 
 
-def _prune(net: nn.Module, x: torch.Tensor) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        prune(net, x, 0.5)
+def _peer(net: nn.Module, x: torch.Tensor) -> None:
+    import torch_pruning
 
-
-def median(run: object, times: int = 3) -> float:
-    """Seconds that ``run`` takes."""
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()  # type: ignore[operator]
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-def _peer(x: torch.Tensor) -> None:
-    try:
-        import torch_pruning
-    except ImportError:
-        print("Torch-Pruning is not installed: no peer to compare with")
-        return
-    for name, blocks in DEPTHS.items():
-        net = resnet(blocks)
-
-        def cut(net: nn.Module = net) -> None:
-            copied = copy.deepcopy(net)
-            importance = torch_pruning.importance.MagnitudeImportance(p=1)
-            head = [copied[-1]]  # type: ignore[index]
-            pruner = torch_pruning.pruner.MetaPruner(
-                copied, x, importance=importance, pruning_ratio=0.3, ignored_layers=head
-            )
-            pruner.step()
-
-        print(f"Torch-Pruning, ResNet-{name}: {median(cut):.2f} s")
-
-
-if __name__ == "__main__":
-    main()
+    importance = torch_pruning.importance.MagnitudeImportance(p=1)
+    head = [net[-1]]  # type: ignore[index]
+    torch_pruning.pruner.MetaPruner(net, x, importance=importance, pruning_ratio=0.3, ignored_layers=head).step()

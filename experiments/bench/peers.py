@@ -5,6 +5,7 @@ int8 weights, one range per output channel, and int8 activations, one range per 
 """
 
 import importlib
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -136,7 +137,7 @@ def installed() -> dict[str, Peer]:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            print(f"{name} left out: {error}")
+            print(f"{name} left out: {error}", file=sys.stderr)
         else:
             found[name] = peer
     return found

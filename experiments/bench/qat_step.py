@@ -1,25 +1,17 @@
 """What fake quantization costs: one training step with it against the same step in float.
 
-    python -m experiments.bench.qat_step               # --rounds 3 --models mlp resnet18
-
-Each round times every variant once, in shuffled order, in one process; what counts is the ratio within a round. A
-second float copy runs along: its ratio to the first is the noise floor, and differences inside it are no findings.
-Peers that are installed run along, too. The last column is the loss after 15 steps on one batch: a broken network may
-well be a fast one.
+Peers that are installed run along. Noted is the loss after 15 steps on one batch: a broken network may well be a fast
+one.
 """
 
-import argparse
 import copy
 import math
-import random
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from experiments.bench.fake_quant import interval
+from experiments.bench.paired import Row, measure, row
 from experiments.bench.peers import Peer, installed
 from experiments.models import MobileNetV2
 from lightslim.quantize import transform
@@ -114,44 +106,27 @@ def training_steps(net: nn.Module, x: Tensor, peers: Mapping[str, Peer]) -> dict
 def verdict(loss: float) -> str:
     """The loss, and what is wrong with it."""
     if not math.isfinite(loss):
-        return f"{loss} NOT FINITE"
-    return f"{loss:.3f}" + (" STUCK AT LN 10" if abs(loss - math.log(CLASSES)) < 0.01 else "")
+        return f"loss {loss} NOT FINITE"
+    return f"loss {loss:.3f}" + (" STUCK AT LN 10" if abs(loss - math.log(CLASSES)) < 0.01 else "")
 
 
-def ratios(variants: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Per-round seconds of each variant, over those of ``float``."""
-    found: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        seconds = {}
-        for name in random.sample(list(variants), len(variants)):
-            start = time.perf_counter()
-            for _ in range(3):
-                variants[name]()
-            seconds[name] = time.perf_counter() - start
-        for name, taken in seconds.items():
-            found[name].append(taken / seconds["float"])
-    return found
+MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor]], float]] = {
+    "mlp": (mlp, 1.3),
+    "mobilenet_v2": (mobilenet_v2, 1.3),
+    "resnet18": (resnet18, 1.15),
+}
 
 
-MODELS = {build.__name__: build for build in (mlp, mobilenet_v2, resnet18)}
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    options = parser.parse_args()
-    torch.manual_seed(0)
+def rows(rounds: int, quick: bool) -> Iterator[Row]:
+    """Each variant beside the step in float; a second one of those is the control."""
     peers = OURS | installed()
-    for model in options.models:
-        variants = training_steps(*MODELS[model](), peers)
+    for model in ["mlp"] if quick else MODELS:
+        build, goal = MODELS[model]
+        variants = training_steps(*build(), peers)
         losses = {name: [step().item() for _ in range(WARM_UP)][-1] for name, step in variants.items()}
-        for name, values in ratios(variants, options.rounds).items():
-            low, high = interval(values)
-            found = f"{statistics.median(values):5.2f}  [{low:.2f}, {high:.2f}]"
-            print(f"{model:14s} {name:30s} {found}  {verdict(losses[name])}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        seconds = measure(variants, rounds, repeats=1 if quick else 3)
+        for name in variants:
+            if name != "float":
+                bound = goal if name == "moving average, channel-wise" else None
+                note = verdict(losses[name])
+                yield row(f"{model}, {name} / float", seconds, name, "float", bound, note, name == "float again")

@@ -1,22 +1,18 @@
 """What an analysis of sensitivity costs when the common beginning of its steps is computed once.
 
-    python -m experiments.bench.sensitivity            # --images 500 --ratios 2 --rounds 1 --models resnet20
-
-Each round runs the analysis of all layers both ways, in an order drawn anew, on the same images, which are in memory
-for both: with every step computed whole, and with what comes before the masked layer computed once for each batch. What
-counts is the ratio of times within a round. All points must be equal to the last bit.
+Each round runs the analysis of all layers both ways on the same images, which are in memory for both: with every step
+computed whole, and with what comes before the masked layer computed once for each batch. All points must be equal to
+the last bit.
 """
 
-import argparse
-import logging
-import random
-import statistics
-import time
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from pytorch_lightning import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
+from experiments.bench.paired import Row, Step, measure, row
 from experiments.models import ImageClassifier
 from lightslim.graph import record
 from lightslim.prune import StructurePruner
@@ -40,37 +36,26 @@ def build(network: str, images: int, ratios: int) -> Analysis:
     return Analysis(trainer, module, graph, groups, pruner, measure, ([data], [float("inf")]))
 
 
-def timed(network: str, images: int, ratios: int, once: bool) -> tuple[float, object]:
-    """Seconds, and the points."""
-    start = time.perf_counter()
+def points(network: str, images: int, ratios: int, once: bool) -> object:
+    """The curves of all layers."""
     analysis = build(network, images, ratios)
     analysis.evaluation.replaying = once
-    found = analysis.run(progress=False)
-    return time.perf_counter() - start, found
+    return analysis.run(progress=False)
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--ratios", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    options = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    for network in options.models:
-        quotients, seconds = [], {}
-        for _ in range(options.rounds):
-            found = {}
-            for once in random.sample([False, True], 2):
-                seconds[once], found[once] = timed(network, options.images, options.ratios, once)
-            if found[False] != found[True]:
-                raise SystemExit(f"{network}: the points differ")
-            quotients.append(seconds[True] / seconds[False])
-        spread = f"[{min(quotients):.2f}, {max(quotients):.2f}]"
-        whole = f"{seconds[True]:.1f} s instead of {seconds[False]:.1f} s"
-        print(f"{network:14s} {statistics.median(quotients):.2f}  {spread}  {whole}, the points are equal", flush=True)
+def rows(rounds: int, quick: bool) -> Iterator[Row]:
+    """The beginning computed once, beside everything computed whole."""
+    images, ratios = (128, 1) if quick else (2000, 4)
+    for network in ["resnet20"] if quick else MODELS:
+        found = {}
 
+        def step(name: str, once: bool, network: str = network, found: dict[str, object] = found) -> None:
+            found[name] = points(network, images, ratios, once)
 
-if __name__ == "__main__":
-    main()
+        names = {"whole": False, "whole again": False, "once": True}
+        steps: dict[str, Step] = {name: partial(step, name, once) for name, once in names.items()}
+        seconds = measure(steps, max(rounds // 5, 1))
+        if found["whole"] != found["once"]:
+            raise SystemExit(f"{network}: the points differ")
+        yield row(f"{network}, whole again", seconds, "whole again", "whole", control=True)
+        yield row(f"{network}, beginning once / whole", seconds, "once", "whole", 1, "points bit-equal")

@@ -111,9 +111,13 @@ class Graph:
         """The same, by the layer whose weight does the work."""
         layers: Counter[str] = Counter()
         for item in self.work:
-            share = math.prod(count(axis, kept or {}) / axis.size for axis in item.axes if axis.size)
-            layers[item.layer] += round(item.flops * share / self.batch_size)
+            layers[item.layer] += self.flops_of(item, kept or {})
         return dict(layers)
+
+    def flops_of(self, item: Work, kept: Mapping[Axis, int]) -> int:
+        """The same of one op."""
+        share = math.prod(count(axis, kept) / axis.size for axis in item.axes if axis.size)
+        return round(item.flops * share / self.batch_size)
 
     def made_by(self, path: str) -> Sequence[Made]:
         """The ops that the own code of the module at ``path`` ran, of all runs."""

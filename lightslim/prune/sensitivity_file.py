@@ -12,7 +12,7 @@ from torch import nn
 from lightslim.errors import CompressionError
 from lightslim.files import replacing
 
-FORMAT = 1
+FORMAT = 2
 Sensitivities = dict[str, dict[str, Any]]
 
 
@@ -20,7 +20,8 @@ class SensitivityFile:
     """Points measured so far, in memory and on disk.
 
     The file is JSON: ``fingerprint`` says what was measured, ``baseline`` the metric without any mask, and
-    ``sensitivities`` is ``{parameter: {"pruned_percent": [...], "loss": [...], "size": units}}``.
+    ``sensitivities`` is ``{parameter: {"pruned_percent": [...], "loss": [...], "size": units}}``. ``sha256`` is that of
+    the rest: a digit that the disk has changed would be a curve like any other.
 
     Args:
         path: where the file is or will be; None for memory alone.
@@ -61,6 +62,7 @@ class SensitivityFile:
                 "baseline": self.baseline,
                 "sensitivities": self.sensitivities,
             }
+            content["sha256"] = _digest(content)
             with replacing(self.path) as partial:
                 partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -83,27 +85,18 @@ def read(path: Path) -> dict[str, Any]:
 
 def _fault(content: Any) -> str | None:
     """What is wrong with what a file holds; None if nothing is."""
-    if not isinstance(content, dict) or not isinstance(content.get("sensitivities"), dict):
+    if not isinstance(content, dict) or "sensitivities" not in content:
         return "it holds no sensitivities"
     if content.get("format") != FORMAT:
         return f"its format is {content.get('format')!r}, not {FORMAT}"
-    if not isinstance(content.get("fingerprint"), dict):
-        return "it does not say what was measured"
-    if not isinstance(content.get("baseline"), (float, type(None))):
-        return f"its baseline is {content['baseline']!r}"
-    return next(
-        (f"{name} is damaged" for name, curve in content["sensitivities"].items() if not _is_curve(curve)), None
-    )
+    if content.get("sha256") != _digest(content):
+        return "it has changed since it was written"
+    return None
 
 
-def _is_curve(curve: Any) -> bool:
-    if not isinstance(curve, dict) or set(curve) != {"pruned_percent", "loss", "size"}:
-        return False
-    shares, losses = curve["pruned_percent"], curve["loss"]
-    if not isinstance(shares, list) or not isinstance(losses, list) or len(shares) != len(losses):
-        return False
-    numbers = all(isinstance(value, float) for value in (*shares, *losses)) and isinstance(curve["size"], int)
-    return numbers and all(0 < share < 1 for share in shares) and shares == sorted(set(shares))
+def _digest(content: Mapping[str, Any]) -> str:
+    signed = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()
 
 
 def check(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import combinations, product
 
 from lightslim.errors import CompressionError
-from lightslim.graph import Axis, Graph, Group
+from lightslim.graph import Axis, Graph, Group, leaves
 
 TOLERANCE = 0.01
 MANY = 64  # moves of which every pair is still tried
@@ -103,9 +103,30 @@ def uniform_widths(graph: Graph, groups: Sequence[Group], target: float, roundin
 
 
 def removal(graph: Graph) -> Callable[[Widths], float]:
-    """From widths to the share of the graph's FLOPs that they remove."""
-    whole = graph.flops() or 1
-    return lambda widths: 1 - graph.flops(widths) / whole
+    """From widths to the share of the graph's FLOPs that they remove.
+
+    A search asks for many widths that hardly differ, so only what has changed since the last ones is counted anew.
+    """
+    left = [graph.flops_of(item, {}) for item in graph.work]
+    touched: dict[Axis, set[int]] = {}
+    for index, item in enumerate(graph.work):
+        for leaf in (leaf for axis in item.axes for leaf in leaves(axis)):
+            touched.setdefault(leaf, set()).add(index)
+    last: Widths = {}
+    total = sum(left)
+    whole = total or 1
+
+    def removed(widths: Widths) -> float:
+        nonlocal last, total
+        changed = {axis for axis, _ in widths.items() ^ last.items()}
+        for index in set[int]().union(*(touched.get(axis, ()) for axis in changed)):
+            total -= left[index]
+            left[index] = graph.flops_of(graph.work[index], widths)
+            total += left[index]
+        last = dict(widths)
+        return 1 - total / whole
+
+    return removed
 
 
 def settle(

@@ -58,7 +58,7 @@ def equal(a, b):
 
 
 @pytest.mark.slow
-def test_twenty_kills_while_saving_leave_readable_checkpoints(tmp_path):
+def test_twenty_kills_while_saving_leave_readable_checkpoints(tmp_path, record_property):
     elsewhere = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(elsewhere)}
     generator = random.Random(0)
@@ -73,9 +73,10 @@ def test_twenty_kills_while_saving_leave_readable_checkpoints(tmp_path):
         assert len(list(tmp_path.iterdir())) <= 2
     AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    record_property("checkpoints, kills survived while saving", "20 of 20")
 
 
-def test_a_full_disk_at_fifty_points_leaves_the_old_checkpoint(checkpoint):
+def test_a_full_disk_at_fifty_points_leaves_the_old_checkpoint(checkpoint, record_property):
     old, size = checkpoint.read_bytes(), checkpoint.stat().st_size
     content = read_checkpoint(checkpoint)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -89,10 +90,11 @@ def test_a_full_disk_at_fifty_points_leaves_the_old_checkpoint(checkpoint):
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         assert checkpoint.read_bytes() == old
         assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]
+    record_property("checkpoints, full disks survived", "50 of 50")
 
 
 @pytest.mark.slow
-def test_of_five_hundred_bit_flips_and_a_hundred_truncations_none_is_loaded_silently(checkpoint):
+def test_of_five_hundred_bit_flips_and_a_hundred_truncations_none_is_loaded_silently(checkpoint, record_property):
     content, expected, generator = checkpoint.read_bytes(), read_checkpoint(checkpoint), random.Random(0)
     flips = [generator.randrange(8 * len(content)) for _ in range(500)]
     damaged = [bytearray(content) for _ in flips]
@@ -109,6 +111,7 @@ def test_of_five_hundred_bit_flips_and_a_hundred_truncations_none_is_loaded_sile
         else:  # what holds no value, as a time or a padding
             assert equal(loaded, expected)
     assert refused >= 400
+    record_property("checkpoints, damages refused", f"{refused} of 600; the others change no value")
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(checkpoint):

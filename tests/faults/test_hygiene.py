@@ -34,7 +34,7 @@ def traces(module):
 
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("name", [name for kind, name in ROWS if kind == "strategy"])
-def test_nothing_is_left_behind(tmp_path, name, point):
+def test_nothing_is_left_behind(tmp_path, name, point, record_property):
     if name == "QuantizationStrategy" and point != "setup":
         pytest.skip("the layers stay quantized: it is what the weights were trained for")
     pl.seed_everything(0, verbose=False)
@@ -54,3 +54,4 @@ def test_nothing_is_left_behind(tmp_path, name, point):
     assert found[2:] == expected[2:]
     for path, attributes in found[1].items():
         assert set(attributes) <= set(expected[1][path]), path
+    record_property(f"{name}, hooks that failed and left nothing", point)

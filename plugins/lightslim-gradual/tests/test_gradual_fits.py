@@ -3,12 +3,13 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from conformity import assert_exports, assert_resumes, assert_trains
 from lightslim_gradual import GradualPruningStrategy, cubic
-from tiny import TinyModule, TinyNet, loaders, trainer
 
 from lightslim import CompressionError, QuantizationStrategy, UniformPruneStrategy
 from lightslim.registry import registry
+from lightslim.testing import TinyModule, TinyNet, assert_exports, assert_resumes, assert_trains
+from lightslim.testing import tiny_loaders as loaders
+from lightslim.testing import tiny_trainer as trainer
 
 
 def gradual(**arguments):
@@ -133,8 +134,8 @@ def test_it_is_known_by_name():
     assert registry().get("strategy", "GradualPruningStrategy") is GradualPruningStrategy
 
 
-def test_it_trains(tmp_path):
-    assert_trains(make, tmp_path)
+def test_it_trains():
+    assert_trains(make)
 
 
 def test_it_resumes(tmp_path):

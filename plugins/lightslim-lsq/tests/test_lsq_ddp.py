@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.strategies import DDPStrategy
 from lightslim import QuantizationStrategy
 from lightslim.quantize import quantizers
-from tiny import TinyModule, loaders
+from lightslim.testing import TinyModule, tiny_loaders
 
 class Watch(pl.Callback):
     seen = []
@@ -29,7 +29,7 @@ trainer = pl.Trainer(
     enable_progress_bar=False, enable_model_summary=False, default_root_dir=sys.argv[1],
     strategy=DDPStrategy(process_group_backend="gloo"),
 )
-trainer.fit(module, *loaders())
+trainer.fit(module, *tiny_loaders())
 weights = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in module.parameters())).hexdigest()
 open(f"{sys.argv[1]}/{trainer.global_rank}.json", "w").write(json.dumps({"weights": weights, "seen": watch.seen}))
 """

@@ -3,13 +3,14 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from conformity import assert_exports, assert_resumes, assert_trains
 from lightslim_lsq import LearnedStepSize
-from tiny import TinyModule, TinyNet, loaders, trainer
 
 from lightslim import QuantizationStrategy, UniformPruneStrategy
 from lightslim.quantize import quantizers
 from lightslim.registry import registry
+from lightslim.testing import TinyModule, TinyNet, assert_exports, assert_range, assert_resumes, assert_trains
+from lightslim.testing import tiny_loaders as loaders
+from lightslim.testing import tiny_trainer as trainer
 
 
 def lsq(**arguments):
@@ -121,8 +122,12 @@ def test_it_is_known_by_name():
     assert registry().get("range", "lsq") is LearnedStepSize
 
 
-def test_it_trains(tmp_path):
-    assert_trains(make, tmp_path)
+def test_it_is_a_range():
+    assert_range(LearnedStepSize)
+
+
+def test_it_trains():
+    assert_trains(make)
 
 
 def test_it_resumes(tmp_path):

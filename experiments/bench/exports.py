@@ -1,0 +1,120 @@
+"""Exported files in their runtimes, beside what ONNX Runtime's own quantizer makes of the float file: time and bytes.
+
+What a preset is good for depends on the CPU's integer instructions, which the foot of the table names.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from experiments.bench.paired import Row, Step, measure, row
+from experiments.bench.qat_step import resnet18, warmed
+from experiments.models import MobileNetV2
+from lightslim.errors import CompressionError
+from lightslim.export import export
+from lightslim.export.export import check_available
+from lightslim.export.runtimes import open_in_onnxruntime
+from lightslim.quantize import quantize
+from lightslim.registry import registry
+
+PEER = "int8 by ONNX Runtime"
+FILES: dict[str, tuple[str, dict[str, str]]] = {
+    "float": ("onnx", {}),
+    "int8 exact": ("int8", {"deploy": "exact"}),
+    "int8 x86": ("int8", {"deploy": "x86"}),
+    "int8 OpenVINO": ("openvino", {}),
+}
+GOALS = {"int8 x86": 1.0, "int8 OpenVINO": 1.0}
+
+
+def mobilenet_v2() -> tuple[nn.Module, Tensor]:
+    """For 3 x 64 x 64."""
+    return MobileNetV2(3, 10), torch.randn(16, 3, 64, 64)
+
+
+def resnet() -> tuple[nn.Module, Tensor]:
+    """ResNet-18 of CIFAR style."""
+    net, x = resnet18()
+    return net, x[:16]
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {"mobilenet_v2": mobilenet_v2, "resnet18": resnet}
+
+
+def installed() -> dict[str, tuple[str, dict[str, str]]]:
+    """The files whose runtime is here; says which is not."""
+    found = {}
+    for name, (format_, options) in FILES.items():
+        try:
+            check_available(format_)
+        except CompressionError as error:
+            print(f"{name} left out: {error}", file=sys.stderr)
+        else:
+            found[name] = format_, options
+    return found
+
+
+def written(net: nn.Module, x: Tensor, folder: Path) -> dict[str, Path]:
+    """One file for each way to write the network."""
+    ranges = {"weight_quantize_type": "channel_wise_abs_max", "activation_quantize_type": "moving_average_min_max"}
+    quantized = quantize(net, [x], **ranges)
+    paths = {}
+    for name, (format_, options) in installed().items():
+        paths[name] = folder / f"{name.replace(' ', '_')}.onnx"
+        export(net if name == "float" else quantized, x, paths[name], format=format_, **options)
+    paths[PEER] = by_onnxruntime(paths["float"], x, folder / "peer.onnx")
+    return paths
+
+
+def by_onnxruntime(path: Path, x: Tensor, out: Path) -> Path:
+    """The float file quantized by ONNX Runtime: static, weights per channel, calibrated on the same batch."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Batch(CalibrationDataReader):
+        def __init__(self, name: str) -> None:
+            self.batches = iter([{name: x.numpy()}])
+
+        def get_next(self) -> Mapping[str, object] | None:
+            return next(self.batches, None)
+
+    quant_pre_process(path, out)
+    name = onnx.load(path).graph.input[0].name
+    quantize_static(out, out, Batch(name), quant_format=QuantFormat.QDQ, per_channel=True)
+    return out
+
+
+def opened(paths: Mapping[str, Path], x: Tensor) -> dict[str, Step]:
+    """A run of each file in its runtime, on one sample."""
+    threads = torch.get_num_threads()
+    runs = {PEER: open_in_onnxruntime(paths[PEER], threads=threads)}
+    runs |= {name: registry().get("exporter", FILES[name][0]).open(path, threads=threads)
+             for name, path in paths.items() if name != PEER}  # fmt: skip
+    return {name: partial(run, x[:1]) for name, run in runs.items()}
+
+
+def rows(rounds: int, quick: bool) -> Iterator[Row]:
+    """Each file beside the peer's, latency and bytes."""
+    for model in ["mobilenet_v2"] if quick else MODELS:
+        net, x = MODELS[model]()
+        with tempfile.TemporaryDirectory() as folder:
+            paths = written(warmed(net, x).eval(), x, Path(folder))
+            steps = opened(paths, x)
+            again = open_in_onnxruntime(paths[PEER], threads=torch.get_num_threads())
+            seconds = measure({**steps, "again": partial(again, x[:1])}, rounds, repeats=2 if quick else 20)
+            size = {name: path.stat().st_size for name, path in paths.items()}
+        yield row(f"{model}, {PEER} again", seconds, "again", PEER, control=True)
+        for name in paths:
+            if name != PEER:
+                ratio = size[name] / size[PEER]
+                yield row(f"{model}, {name} / {PEER}", seconds, name, PEER, GOALS.get(name))
+                yield Row(
+                    f"{model}, {name} / {PEER}", size[name], size[PEER], ratio, (ratio, ratio),
+                    None if name == "float" else 1.0, unit="bytes",
+                )  # fmt: skip
