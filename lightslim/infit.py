@@ -16,6 +16,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightslim.errors import CompressionError
@@ -302,14 +303,41 @@ def cut_in_fit(trainer: Trainer, module: LightningModule, cut: Cut) -> None:
     Call it between two epochs: no backward pass may be under way.
     """
     cut = Cut.from_state(trainer.strategy.broadcast(cut.to_state()))
-    aside = [one for callback in trainer.callbacks for one in getattr(callback, "optimizers_aside", ())]  # type: ignore[attr-defined]
-    optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in [*trainer.optimizers, *aside]]
+    optimizers = optimizers_of(trainer)
     module.zero_grad(set_to_none=True)
     with _unwrapped(trainer):
         apply(module, cut, optimizers)
         forget_shapes(module, cut)
         for copy in averaged_copies(trainer):
             apply(copy, cut)
+
+
+def optimizers_of(trainer: Trainer) -> list[Optimizer]:
+    """The optimizers at work, and those that a strategy has put aside for a while, without Lightning's wrappers."""
+    aside = [one for callback in trainer.callbacks for one in getattr(callback, "optimizers_aside", ())]  # type: ignore[attr-defined]
+    return [getattr(optimizer, "_optimizer", optimizer) for optimizer in [*trainer.optimizers, *aside]]
+
+
+def train_beside(trainer: Trainer, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Let the optimizers train new parameters of the module, each in the group of one that was there before.
+
+    So they share its learning rate and schedule, and none is there twice. Call it before or between epochs.
+
+    Args:
+        trainer: fits the module.
+        pairs: the new parameter and the one that was there; if no optimizer trains that, the new one is frozen.
+    """
+    pairs = list(pairs)
+    with _unwrapped(trainer) if pairs else contextlib.nullcontext():
+        optimizers = optimizers_of(trainer)
+        for new, known in pairs:
+            groups = [one for optimizer in optimizers for one in optimizer.param_groups
+                      if any(parameter is known for parameter in one["params"])]  # fmt: skip
+            new.requires_grad_(bool(groups) and known.requires_grad)
+            for group in groups:
+                group["params"].append(new)
+                if "param_names" in group:
+                    group["param_names"].append(f"beside {group['param_names'][-1]}")
 
 
 def averaged_copies(trainer: Trainer) -> Iterator[nn.Module]:

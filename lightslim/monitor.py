@@ -90,8 +90,9 @@ def _lasting(record: Mapping[str, Any]) -> Iterator[Change]:
     for key in ("flops", "params"):
         if key in record:
             yield (key, *record[key])
-    for layer, (before, after) in record.get("units", {}).items():
-        yield f"units/{layer}", before, after
+    for key in ("units", "sparsity"):
+        for layer, (before, after) in record.get(key, {}).items():
+            yield f"{key}/{layer}", before, after
 
 
 def _worst(record: Mapping[str, Any]) -> list[str]:

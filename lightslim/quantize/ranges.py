@@ -1,7 +1,8 @@
 """How far a tensor reaches: small stateful parts that say from where to where its grid spans.
 
 A range is called with the tensor and returns its :class:`Bounds`. Those that learn do so in training mode, and stay as
-they are in evaluation mode; exact ones look at the tensor at hand each time.
+they are in evaluation mode; exact ones look at the tensor at hand each time. What they learn are buffers, or
+parameters, which a strategy hands to the optimizer that trains the layer.
 """
 
 import math
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightslim.errors import CompressionError
+from lightslim.kernels import fake_quant
 
 
 class Bounds(NamedTuple):
@@ -59,6 +61,14 @@ class Range(nn.Module):
             return torch.maximum(low.neg_(), high)
         others = [d for d in range(x.ndim) if d != self.axis % x.ndim]
         return torch.maximum(x.amax(others), x.amin(others).neg_()) if others else x.abs()
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """``x`` on the grid within its bounds; a range that is trained gives itself a gradient here.
+
+        The values must be those of the bounds, by which codes are written: only the way back may differ.
+        """
+        bounds = self(x)
+        return fake_quant(x, bounds.amax, self.bits, self.axis, amin=bounds.amin, clips=bounds.clips)
 
     def watch(self, x: Tensor) -> None:
         """Learn from ``x`` in training mode, while the model is calibrated and nothing is rounded."""

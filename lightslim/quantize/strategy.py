@@ -12,8 +12,9 @@ from typing_extensions import override
 
 from lightslim import deploy
 from lightslim.errors import CompressionError
-from lightslim.infit import averaged_copies, evaluate, logged_names, probe_of
+from lightslim.infit import averaged_copies, evaluate, logged_names, probe_of, train_beside
 from lightslim.quantize.analysis import signal_to_noise, unreached
+from lightslim.quantize.numbers import fill, numbers, trained, unsaved
 from lightslim.quantize.plan import Settings, check_nodes, check_weights, plan_layers
 from lightslim.quantize.posttraining import calibrate
 from lightslim.quantize.ranges import Range
@@ -113,8 +114,8 @@ class QuantizationStrategy(CompressionStrategy):
         self._ranges = state_dict["ranges"]
 
     def ranges(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """What the ranges have learned: quantizer name to its buffers."""
-        now = {name: {key: t.detach().clone() for key, t in q.named_buffers()} for name, q in self._quantizers.items()}
+        """What the ranges have learned: quantizer name to its numbers."""
+        now = {name: {key: t.detach().clone() for key, t in numbers(q).items()} for name, q in self._quantizers.items()}
         return now or self._ranges
 
     @override
@@ -136,6 +137,8 @@ class QuantizationStrategy(CompressionStrategy):
         super().on_fit_start(trainer, pl_module)
         if self._begun:
             self._arm(trainer, pl_module)
+            idle = next(record["idle"] for record in self.history if record["act"] == "quantize")
+            train_beside(trainer, trained(pl_module, idle))
 
     def _formats(self) -> dict[str, dict[str, Any]]:
         """The formats asked for, each with its options; only those that hold a program can be cut."""
@@ -180,7 +183,8 @@ class QuantizationStrategy(CompressionStrategy):
         for each in (module, *averaged_copies(trainer)):
             attach(each, plan_layers(each, self.settings, self.skip, self.overrides))
             for name, quantizer in quantizers(each):
-                _restore(quantizer, self._ranges.get(name, {}))
+                fill(quantizer, self._ranges.get(name, {}))
+                unsaved(quantizer)
         self._quantizers = dict(quantizers(module))
 
     def _disarm(self, trainer: Trainer, module: nn.Module) -> None:
@@ -217,6 +221,10 @@ class QuantizationStrategy(CompressionStrategy):
         idle = unreached(probe_of(trainer, pl_module), pl_module)
         if idle:
             rank_zero_warn(f"{self.name}: the inputs of {', '.join(idle)} are not quantized: the step never calls them")
+        for each in averaged_copies(trainer):
+            for name, quantizer in quantizers(each):
+                fill(quantizer, numbers(self._quantizers[name]))
+        train_beside(trainer, trained(pl_module, idle))
         after = evaluate(trainer, pl_module)
         noise = signal_to_noise(pl_module, probe_of(trainer, pl_module).run)
         changed = changed_metrics(before, after, self.metric_name)
@@ -255,15 +263,6 @@ class QuantizationStrategy(CompressionStrategy):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._disarm(trainer, pl_module)
-
-
-def _restore(quantizer: FakeQuantize, learned: Mapping[str, Tensor]) -> None:
-    """Fill in what a range has learned; checkpoints of the module stay without it."""
-    for name, buffer in list(quantizer.named_buffers()):
-        if name in learned:
-            buffer.copy_(learned[name])
-    for name, buffer in list(quantizer.rule.named_buffers()):
-        quantizer.rule.register_buffer(name, buffer, persistent=False)
 
 
 def synchronize(trainer: Trainer, rules: Sequence[Range]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightslim.kernels import fake_quant, fake_quant_and_peak
+from lightslim.kernels import fake_quant_and_peak
 from lightslim.quantize.layers import INPUT, WEIGHT, QuantizedInput, QuantizedWeight, swap
 from lightslim.quantize.plan import Settings, check_weights, plan_layers, quantizable
 from lightslim.quantize.ranges import Range
@@ -54,8 +54,7 @@ class FakeQuantize(nn.Module):
             y, peak = fake_quant_and_peak(x, known, rule.bits)
             rule.learn(peak)
             return y
-        bounds = rule(x)
-        return fake_quant(x, bounds.amax, rule.bits, rule.axis, amin=bounds.amin, clips=bounds.clips)
+        return rule.rounded(x)
 
     def extra_repr(self) -> str:
         """Shown in the module's text."""
