@@ -81,11 +81,14 @@ def finished(request, tmp_path_factory):
     pytest.importorskip(request.param)
     folder = tmp_path_factory.mktemp("runs")
     every = {run: arguments for name in STRATEGIES for run, arguments in runs(folder, name).items()}
+    # The last, since it ends the process
+    every["printed"] = ["fit", f"--config={folder}/UniformPruneStrategy.yaml", "--print_config"]
     (folder / "runs.json").write_text(json.dumps(every))
     command = [sys.executable, "-c", f"import cli_user; cli_user.main({request.param!r}, {str(folder)!r})"]
     paths = os.pathsep.join([str(HERE.parent), str(HERE)])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "printed.yaml").write_text(done.stdout[done.stdout.rindex("seed_everything:") :])
     return folder
 
 
@@ -131,8 +134,9 @@ def test_the_command_line_ends_with_the_weights_of_a_plain_fit(finished, plain, 
 
 
 @pytest.mark.slow
-def test_a_saved_config_holds_every_argument(finished):
-    saved = yaml.safe_load((finished / "UniformPruneStrategy-yaml" / "config.yaml").read_text())
+@pytest.mark.parametrize("path", ["UniformPruneStrategy-yaml/config.yaml", "printed.yaml"])
+def test_a_config_that_is_saved_or_printed_holds_every_argument(finished, path):
+    saved = yaml.safe_load((finished / path).read_text())
     (strategy,) = [
         each for each in saved["trainer"]["callbacks"] if each["class_path"].endswith("UniformPruneStrategy")
     ]
