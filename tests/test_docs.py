@@ -1,12 +1,15 @@
 """Every Python block of the README and the cards runs; every recipe in them parses."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "README.zh.md", *sorted(ROOT.glob("lightslim/**/README.md"))]
+# Cards of plugins, where they are installed: test_plugins.py does that
+PLUGINS = [page for page in sorted(ROOT.glob("plugins/*/README.md")) if find_spec(page.parent.name.replace("-", "_"))]
+PAGES = [ROOT / "README.md", ROOT / "README.zh.md", *sorted(ROOT.glob("lightslim/**/README.md")), *PLUGINS]
 BLOCKS = [(page, language, block) for page in PAGES
           for language, block in re.findall(r"```(python|yaml)\n(.*?)```", page.read_text(), re.S)]  # fmt: skip
 
@@ -15,7 +18,7 @@ BLOCKS = [(page, language, block) for page in PAGES
 @pytest.mark.parametrize(
     ("page", "block"),
     [(p, b) for p, language, b in BLOCKS if language == "python"],
-    ids=lambda x: getattr(x, "name", ""),
+    ids=lambda x: x.parent.name if isinstance(x, Path) else "",
 )
 def test_python_blocks_run(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -39,7 +42,9 @@ def _given(tmp_path, page):
 
 
 @pytest.mark.parametrize(
-    ("page", "block"), [(p, b) for p, language, b in BLOCKS if language == "yaml"], ids=lambda x: getattr(x, "name", "")
+    ("page", "block"),
+    [(p, b) for p, language, b in BLOCKS if language == "yaml"],
+    ids=lambda x: x.parent.name if isinstance(x, Path) else "",
 )
 def test_recipes_parse(page, block, tmp_path, monkeypatch):
     from lightslim.recipe import Recipe
