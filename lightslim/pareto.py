@@ -54,19 +54,23 @@ def picture(rows: Sequence[Row], x: str, y: str | None = None, mode: str = "max"
 
 def _figure(shown: Sequence[tuple[Row, float, float]], x: str, y: str, mode: str) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     drawing = Figure(figsize=(9, 5.5), dpi=110, layout="constrained")
     axes = drawing.add_subplot()
     line = front([(cost, good) for _, cost, good in shown], mode == "max")
-    axes.plot(*zip(*line, strict=True), color="0.6", linewidth=1.2, zorder=1, label="nothing better is cheaper")
+    axes.step(*zip(*line, strict=True), where="post", color="0.7", zorder=1, label="nothing as cheap is better")
+    middle = (min(cost for _, cost, _ in shown) + max(cost for _, cost, _ in shown)) / 2
     for row, cost, good in shown:
-        values = row.values[y]
+        values, inwards = row.values[y], -1 if cost > middle else 1
         (mark,) = axes.plot([cost], [good], "o", zorder=3, color="C0" if (cost, good) in line else "0.5")
         axes.vlines(cost, min(values), max(values), color=mark.get_color(), zorder=2)
-        axes.annotate(_short(row.name), (cost, good), xytext=(6, 6), textcoords="offset points", fontsize=8)
+        axes.annotate(_short(row.name), (cost, good), xytext=(7 * inwards, 5), textcoords="offset points", fontsize=8,
+                      ha="left" if inwards > 0 else "right")  # fmt: skip
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel(x)
     axes.set_ylabel(f"{y} (mean, from least to most)" if any(row.runs > 1 for row, _, _ in shown) else y)
-    axes.margins(x=0.15, y=0.12)
+    axes.margins(x=0.08, y=0.12)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False, fontsize=8)
     return drawing
