@@ -304,7 +304,11 @@ class Compressor:
     def _trainer(self, callbacks: Sequence[Callback]) -> Trainer:
         arguments = self._arguments()
         saver = ModelCheckpoint(self.checkpoints, "{epoch}", save_last=True, save_on_train_epoch_end=True)
-        own = [*callbacks, CompressionMonitor(), *([saver] if arguments.get("enable_checkpointing", True) else [])]
+        own = [
+            *callbacks,
+            CompressionMonitor(self._recipe.resolved()),
+            *([saver] if arguments.get("enable_checkpointing", True) else []),
+        ]
         arguments.setdefault(
             "logger", TensorBoardLogger(self.folder, name="", version="tensorboard", default_hp_metric=False)
         )

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
 from lightslim.errors import CompressionError, did_you_mean
@@ -87,6 +88,14 @@ class CompressionStrategy(Callback):
             pl_module: has the structure of the checkpoint already.
             state: this strategy's state in it; None if it has none.
         """
+
+    def figures(self) -> Mapping[str, float]:
+        """Numbers to follow from epoch to epoch, by tag, for :class:`~lightslim.CompressionMonitor`."""
+        return {}
+
+    def distributions(self) -> Mapping[str, Tensor]:
+        """The same for values whose histogram tells something."""
+        return {}
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
         """End the phase. Returns a record if there is something to tell."""

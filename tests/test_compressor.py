@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tiny import TinyModule, images, loaders
 from torch.utils.data import DataLoader
 
@@ -108,6 +110,61 @@ def test_tensorboard_tells_the_story(recipe):
     assert flops == [(0, large), (steps - 1, large), (steps, small), (3 * steps, small)]
     assert {"lightslim/params", "lightslim/units/net.stem.0", "lightslim/at_act/val_acc", "val_acc"} <= set(tags)
     assert "lightslim/halve/text_summary" in events.Tags()["tensors"]
+
+
+CHAIN = """
+model: {class: "tiny:TinyModule", optimizer: adam}
+data: {class: "tinydata:Quadrants"}
+trainer: {accelerator: cpu, enable_progress_bar: false, enable_model_summary: false}
+strategies:
+    halve: {class: UniformPruneStrategy, start_epoch: 1, target_ratio: 0.5}
+    quantize: {class: QuantizationStrategy, start_epoch: 2, activation_quantize_type: moving_average_abs_max}
+compressor: {epoch: 4, strategies: [halve, quantize]}
+"""
+
+
+def scalars_of(folder):
+    """Every point of every curve of a run."""
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_one_page_tells_the_story_of_a_chain(recipe):
+    recipe.write_text(CHAIN)
+    assert main(["run", str(recipe), "--out", "out"]) == 0
+    scalars, steps = scalars_of(Path("out")), len(loaders()[0])
+    events = EventAccumulator("out/tensorboard", size_guidance={"histograms": 0}).Reload()
+    (layout,) = events.Tensors("custom_scalars__config__")
+    page = Layout.FromString(layout.tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for category in page.category for chart in category.chart}
+    assert list(charts)[:3] == ["acc", "loss", "FLOPs"]
+    assert {"^train_loss$", "^val_loss$"} <= set(charts["loss"])
+    for title, tags in charts.items():
+        assert any(re.search(pattern, tag) for pattern in tags for tag in scalars), title
+    ranges = scalars["lightslim/ranges/net.stem.0.input_quantizer"]
+    assert [step for step, _ in ranges] == [3 * steps, 4 * steps]
+    assert all(value > 0.5 for _, value in ranges)
+    assert scalars["lightslim/signal_to_noise/net.stem.0"][0][0] == 2 * steps
+    histograms = [events.Histograms(tag) for tag in events.Tags()["histograms"]]
+    assert [len(values) for values in histograms] == [2, 2, 2, 2]
+    assert all(values[0].histogram_value.max == pytest.approx(127, abs=0.1) or
+               values[0].histogram_value.min == pytest.approx(-127, abs=0.1) for values in histograms)  # fmt: skip
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_a_resumed_run_draws_no_act_twice(recipe):
+    recipe.write_text(CHAIN)
+    assert main(["run", str(recipe), "--out", "whole"]) == 0
+    for epochs in (3, 4):
+        command = ["run", str(recipe), "--out", "parts", "--resume", "auto", "--set", f"compressor.epoch={epochs}"]
+        assert main(command) == 0
+    whole, parts = scalars_of(Path("whole")), scalars_of(Path("parts"))
+    for tag in ("lightslim/flops", "lightslim/units/net.stem.0"):
+        assert [value for _, value in parts[tag]][:3] == [value for _, value in whole[tag]][:3]
+        assert len(parts[tag]) <= len(whole[tag]) + 1, "the end of the first part is one point more"
+    assert parts["lightslim/signal_to_noise/net.stem.0"] == whole["lightslim/signal_to_noise/net.stem.0"]
+    ranges = "lightslim/ranges/net.stem.0.input_quantizer"
+    assert [step for step, _ in parts[ranges]] == [step for step, _ in whole[ranges]]
 
 
 def test_train_optimizer_stands_in_for_the_modules_own(recipe):

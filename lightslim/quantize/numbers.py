@@ -52,3 +52,20 @@ def trained(module: nn.Module, idle: Collection[str] = ()) -> Iterator[tuple[nn.
                     parameter.requires_grad_(False)
                 else:
                     yield parameter, layer._parameters["weight"]  # type: ignore[misc]
+
+
+def in_steps(layer: Any) -> Tensor:
+    """The weight of a quantized layer, in steps of its grid: rounding takes each number to the nearest whole one."""
+    rule, weight = layer.weight_quantizer.rule, layer._parameters["weight"].detach()
+    learning = rule.training
+    try:
+        amax = rule.eval()(weight).amax.detach()
+    finally:
+        rule.train(learning)
+    shape = [1] * weight.ndim
+    if amax.ndim:
+        shape[rule.axis % weight.ndim] = -1
+    steps: Tensor = weight / (amax.reshape(shape) / (2 ** (rule.bits - 1) - 1)).clamp_min(
+        torch.finfo(weight.dtype).tiny
+    )
+    return steps

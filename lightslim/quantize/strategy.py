@@ -14,7 +14,7 @@ from lightslim import deploy
 from lightslim.errors import CompressionError
 from lightslim.infit import averaged_copies, evaluate, logged_names, probe_of, train_beside
 from lightslim.quantize.analysis import signal_to_noise, unreached
-from lightslim.quantize.numbers import fill, numbers, trained, unsaved
+from lightslim.quantize.numbers import fill, in_steps, numbers, trained, unsaved
 from lightslim.quantize.plan import Settings, check_nodes, check_weights, plan_layers
 from lightslim.quantize.posttraining import calibrate
 from lightslim.quantize.ranges import Range
@@ -102,6 +102,7 @@ class QuantizationStrategy(CompressionStrategy):
         self.calibration_batches = calibration_batches
         self.metric_name = metric_name
         self._quantizers: dict[str, FakeQuantize] = {}
+        self._layers: Mapping[str, nn.Module] = {}
         self._ranges: Mapping[str, Mapping[str, Tensor]] = {}
 
     @override
@@ -139,6 +140,20 @@ class QuantizationStrategy(CompressionStrategy):
             self._arm(trainer, pl_module)
             idle = next(record["idle"] for record in self.history if record["act"] == "quantize")
             train_beside(trainer, trained(pl_module, idle))
+
+    @override
+    def figures(self) -> Mapping[str, float]:
+        learned = {name: numbers(quantizer).get("rule.amax") for name, quantizer in self._quantizers.items()}
+        return {f"ranges/{name}": float(amax.detach().max()) for name, amax in learned.items() if amax is not None}
+
+    @override
+    def distributions(self) -> Mapping[str, Tensor]:
+        """Weights in steps of their grid, whose lines lie at whole numbers: of the layers that lose most by it."""
+        noise: Mapping[str, float] = next(
+            (record["signal_to_noise"] for record in self.history if "signal_to_noise" in record), {}
+        )
+        return {f"weights_in_steps/{name}": in_steps(self._layers[name]) for name in list(noise)[:4]
+                if name in self._layers}  # fmt: skip
 
     def _formats(self) -> dict[str, dict[str, Any]]:
         """The formats asked for, each with its options; only those that hold a program can be cut."""
@@ -185,10 +200,10 @@ class QuantizationStrategy(CompressionStrategy):
             for name, quantizer in quantizers(each):
                 fill(quantizer, self._ranges.get(name, {}))
                 unsaved(quantizer)
-        self._quantizers = dict(quantizers(module))
+        self._quantizers, self._layers = dict(quantizers(module)), quantized_layers(module)
 
     def _disarm(self, trainer: Trainer, module: nn.Module) -> None:
-        self._ranges, self._quantizers = self.ranges(), {}
+        self._ranges, self._quantizers, self._layers = self.ranges(), {}, {}
         for each in (module, *averaged_copies(trainer)):
             untransform(each)
 
