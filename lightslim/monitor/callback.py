@@ -49,6 +49,7 @@ class CompressionMonitor(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._show(trainer)
+        self._scalars(trainer, self._now, trainer.global_step)  # each epoch, or smoothing turns stairs into slopes
         for strategy in strategies_of(trainer):
             self._scalars(trainer, strategy.figures(), trainer.global_step)
             for tag, values in strategy.distributions().items():
@@ -56,7 +57,6 @@ class CompressionMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._scalars(trainer, self._now, trainer.global_step)
         names = (name for name in trainer.logged_metrics if not name.startswith("lightslim/"))
         _call(trainer, "add_custom_scalars", layout([*trainer.callback_metrics, *names], self._tags))
 
