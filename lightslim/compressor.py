@@ -186,7 +186,8 @@ class Compressor:
         seed_everything(recipe.seed or 0, verbose=False)
         self._init_model(recipe.init_model)
         trainer = self._trainer([measurement, *strategies])
-        rundir.write_recipe(self.folder, with_plugins(recipe.resolved()))
+        if trainer.is_global_zero:
+            rundir.write_recipe(self.folder, with_plugins(recipe.resolved()))
         self._fit(trainer, checkpoint)
         if not measurement.after and resume != "auto":
             raise CompressionError("there was nothing to train: see epoch, max_time and limit_train_batches")

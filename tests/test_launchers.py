@@ -50,7 +50,8 @@ def launch(folder, name):
         for one in commands[name]
     ]
     printed = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0] * len(running), printed
+    for process, (_, error) in zip(running, printed, strict=True):
+        assert process.returncode == 0, error[-6000:]
     return "".join(out for out, _ in printed)
 
 

@@ -99,8 +99,8 @@ class CompressionMonitor(Callback):
 
 
 def _writers(trainer: Trainer, method: str) -> list[Any]:
-    """The loggers' writers that have a method of TensorBoard's."""
-    writers = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    """The loggers' writers that have a method of TensorBoard's; on the first process, for the others' are dummies."""
+    writers = [getattr(logger, "experiment", None) for logger in trainer.loggers if trainer.is_global_zero]
     return [writer for writer in writers if hasattr(writer, method)]
 
 
