@@ -1,13 +1,7 @@
 """Every test begins with the same random numbers; faults survived are told at the end: a toothless suite shows."""
 
-import contextlib
-
 import pytest
 import torch
-
-with contextlib.suppress(ImportError):
-    # torch's compiler imports it when first needed, and it complains if somebody has imported distutils before
-    import setuptools  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

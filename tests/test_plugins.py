@@ -1,6 +1,5 @@
 """Each package under plugins/, as its user has it: installed, found by name, run, resumed, exported, and missed."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -37,7 +36,7 @@ def installed(tmp_path_factory):
     return install
 
 
-PIP = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["pip", "--python", sys.executable]
+PIP = [sys.executable, "-m", "pip"]
 
 
 def command(*arguments, folder=None, where=None, **environment):
