@@ -35,8 +35,8 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
 
 def probe_cost(probe: Probe) -> Cost:
     """The cost of the model behind a probe; FLOPs are those of its evaluation step, per sample."""
-    with FlopCounterMode(display=False) as counter:
-        probe.run()
+    counter = FlopCounterMode(display=False)
+    probe.run(within=counter)
     parameters = list(probe.module.parameters())
     stored = [*parameters, *probe.module.buffers()]
     return Cost(

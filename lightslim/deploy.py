@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightslim.errors import CompressionError
+from lightslim.files import check_writable
 from lightslim.infit import evaluate, probe_of
 from lightslim.registry import registry
 from lightslim.steps import replaced
@@ -119,11 +120,9 @@ def rehearse(
     Raises:
         CompressionError: whatever :func:`write` would raise.
     """
-    for path in paths:
-        target = target_of(trainer, path)
-        blocking = next((p for p in (target, *target.parents) if p.exists()), None)
-        if target.is_dir() or (blocking is not None and not blocking.is_dir() and blocking != target):
-            raise CompressionError(f"{blocking} is in the way of {target}: name a file that can be written")
+    if trainer.is_global_zero:
+        for path in paths:
+            check_writable(target_of(trainer, path))
     with tempfile.TemporaryDirectory() as folder:
         for format_, options in formats.items():
             registry().get("exporter", format_)(module, inputs, Path(folder) / format_, **options)

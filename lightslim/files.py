@@ -41,6 +41,26 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
+def check_writable(path: Path) -> None:
+    """Make sure, as far as one can before the time, that a file can be written.
+
+    Raises:
+        CompressionError: something is in the way of ``path``, or this user may not write there.
+
+    Example:
+        >>> check_writable(Path("/dev/null/a.onnx"))
+        Traceback (most recent call last):
+        ...
+        lightslim.errors.CompressionError: /dev/null is in the way of /dev/null/a.onnx: name a file that can be written
+    """
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if path.is_dir() or not (there == path or there.is_dir()):
+        raise CompressionError(f"{there} is in the way of {path}: name a file that can be written")
+    folder = path.absolute().parent if there == path else there
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise CompressionError(f"{path} cannot be written: nothing may be written in {folder}")
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightslim.compare import Row, columns_of
 from lightslim.errors import CompressionError, did_you_mean
-from lightslim.prune.curves import can_draw
+from lightslim.pictures import check_can_draw
 
 Point = tuple[float, float]
 
@@ -38,8 +38,7 @@ def picture(rows: Sequence[Row], x: str, y: str | None = None, mode: str = "max"
     Raises:
         CompressionError: matplotlib is not installed, or no row has such columns.
     """
-    if not can_draw():
-        raise CompressionError("a picture needs matplotlib: pip install matplotlib, or write .md or .csv")
+    check_can_draw()
     columns = columns_of(rows)
     y = y or columns[0]
     for column in (x, y):

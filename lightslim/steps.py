@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,13 +62,13 @@ class Probe:
     needs_grad: bool = False
     gradients: Callable[[], Mapping[str, Tensor]] | None = None
 
-    def run(self, training: bool = False) -> tuple[Any, Log]:
-        """Run the step once; returns its output and what it logged."""
+    def run(self, training: bool = False, within: AbstractContextManager[Any] | None = None) -> tuple[Any, Log]:
+        """Run the step once, ``within`` a context if one is given; returns its output and what it logged."""
         step = self.train if training and self.train else self.evaluate
         grad = torch.enable_grad() if training or self.needs_grad else torch.no_grad()
         with untouched(self.module), captured_log(self.module) as log, stubbed_optimizers(self.module), self.context():
             self.module.train(training)
-            with grad, torch.compiler.set_stance("force_eager"), _plain_attention():
+            with grad, torch.compiler.set_stance("force_eager"), _plain_attention(), within or contextlib.nullcontext():
                 return step(), log
 
 
@@ -154,7 +155,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def replaced(module: nn.Module, **attributes: Any) -> Iterator[None]:
+def replaced(module: object, **attributes: Any) -> Iterator[None]:
     """Set attributes on this instance alone for the time being (they hide the class's own, and leave no trace)."""
     before = {name: vars(module)[name] for name in attributes if name in vars(module)}
     vars(module).update(attributes)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightslim import CompressionError, CompressionMonitor, SensitivePruneStrategy, cli
 from lightslim.cost import cost
+from lightslim.pictures import pixels
 from lightslim.prune import curves
 
 X = torch.zeros(1, 3, 8, 8)
@@ -255,7 +256,9 @@ def test_curves_are_drawn_where_matplotlib_is(tmp_path):
     events = EventAccumulator(logger.log_dir).Reload()
     (image,) = events.Images("lightslim/SensitivePruneStrategy/sensitivity/epoch1")
     assert image.width > image.height > 300
-    picture = curves.pixels(strategy.history[0])
+    (groups,) = events.Images("lightslim/SensitivePruneStrategy/groups/epoch1")
+    assert groups.height > 100
+    picture = pixels(curves.figure(strategy.history[0]))
     assert len({tuple(color) for color in picture.reshape(-1, 3)[::7].tolist()}) > 10
 
 

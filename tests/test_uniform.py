@@ -17,7 +17,7 @@ from lightslim import CompressionError, StructurePruner
 from lightslim.cost import cost
 from lightslim.graph import record
 from lightslim.prune import find_groups, prune
-from lightslim.prune.widths import Rounding, removal
+from lightslim.prune.widths import Removal, Rounding
 from lightslim.steps import forward_probe
 from lightslim.surgery import cuts_of
 
@@ -50,10 +50,13 @@ GRAPH = record(forward_probe(MobileNetV1(), X))
 
 @given(st.lists(st.dictionaries(st.integers(0, len(GRAPH) - 1), st.floats(0, 1), max_size=4), min_size=1, max_size=6))
 def test_what_widths_remove_does_not_depend_on_the_widths_asked_for_before(questions):
-    removed, groups = removal(GRAPH), list(GRAPH)
+    removed, groups = Removal(GRAPH), list(GRAPH)
     for shares in questions:
         widths = {groups[i].axis: round(groups[i].size * share) for i, share in shares.items()}
         assert removed(widths) == 1 - GRAPH.flops(widths) / GRAPH.flops()
+        for group in groups[:3]:
+            move = {group.axis: group.size // 3}
+            assert removed.moved(move) == 1 - GRAPH.flops(widths | move) / GRAPH.flops()
 
 
 def test_an_unreachable_target_is_said_and_the_nearest_is_taken():

@@ -10,8 +10,10 @@ from torch import nn
 
 from experiments.bench.paired import Row, Step, measure, row
 from lightslim.graph import record
-from lightslim.prune import prune
+from lightslim.prune import StructurePruner, prune
+from lightslim.prune.widths import Rounding, uniform_widths
 from lightslim.steps import forward_probe
+from lightslim.surgery import apply, plan
 
 DEPTHS = {"26": (2, 2, 2, 2), "50": (3, 4, 6, 3), "101": (3, 4, 23, 3), "152": (3, 8, 36, 3)}
 
@@ -56,15 +58,28 @@ def rows(rounds: int, quick: bool) -> Iterator[Row]:
         steps: dict[str, Step] = {
             "record": partial(record, forward_probe(net, x)),
             "record again": partial(record, forward_probe(net, x)),
+            "untried": lambda net=net: _untried(copy.deepcopy(net), x),
             "prune": lambda net=net: prune(copy.deepcopy(net), x, 0.5),
         }
         if find_spec("torch_pruning"):
             steps["Torch-Pruning"] = lambda net=net: _peer(copy.deepcopy(net), x)
         seconds = measure(steps, max(rounds // 5, 2))
         yield row(f"ResNet-{name}, record again", seconds, "record again", "record", control=True)
-        yield row(f"ResNet-{name}, record to cut / record", seconds, "prune", "record", 5)
+        yield row(f"ResNet-{name}, with trials / without", seconds, "prune", "untried", 3)
+        yield row(f"ResNet-{name}, with trials / record", seconds, "prune", "record", 5)
         if "Torch-Pruning" in steps:
-            yield row(f"ResNet-{name}, record to cut / Torch-Pruning", seconds, "prune", "Torch-Pruning", 1)
+            yield row(f"ResNet-{name}, with trials / Torch-Pruning", seconds, "prune", "Torch-Pruning", 1)
+            yield row(f"ResNet-{name}, without trials / Torch-Pruning", seconds, "untried", "Torch-Pruning", 1)
+
+
+def _untried(net: nn.Module, x: torch.Tensor) -> None:
+    """Record, rank, plan and cut, and trust that the cut model runs."""
+    graph, pruner = record(forward_probe(net, x)), StructurePruner()
+    groups = pruner.selected(graph, "*")
+    widths = uniform_widths(graph, groups, 0.5, Rounding()).widths
+    tensors = pruner.tensors(net, None)
+    kept = {group.axis: pruner.keep(pruner.importance(group, tensors), widths[group.axis]) for group in groups}
+    apply(net, plan(net, graph, kept))
 
 
 def _peer(net: nn.Module, x: torch.Tensor) -> None:

@@ -15,19 +15,21 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.bench.table import foot, markdown
 from lightslim.graph import record
-from lightslim.prune import StructurePruner, prune
+from lightslim.prune import StructurePruner, prune, sensitivity
 from lightslim.prune.widths import Rounding, uniform_widths
 from lightslim.steps import forward_probe
 from lightslim.surgery import apply, plan
 
 LAYERS = (10, 30, 100, 300, 1000)
-PHASES = ("record s", "widths s", "plan s", "cut s", "peak MiB", "narrow: prune() s")
+PHASES = ("record s", "widths s", "plan s", "cut s", "peak MiB", "narrow: prune() s", "narrow: sensitivity() s")
+LAST = 300  # layers of the largest network whose sensitivities are measured
 COLUMNS = ("network", "layers", "parameters", "ops", *PHASES)
 Found = Mapping[str, float]
 
@@ -65,6 +67,18 @@ class Block(nn.Module):
         return x + self.narrow(F.gelu(self.wide(self.norm2(x))))
 
 
+class Module(pl.LightningModule):
+    """Logs something of a network's outputs."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def validation_step(self, x: Tensor, batch_idx: int) -> None:
+        """The mean square of the outputs."""
+        self.log("loss", self.net(x).square().mean())
+
+
 def conv(layers: int, width: int, device: str) -> tuple[nn.Module, Tensor]:
     """A residual network of ``layers`` convolutions."""
     with torch.device(device):
@@ -97,9 +111,17 @@ def grown(network: str, layers: int) -> Found:
     found = {"layers": layers, "parameters": sum(p.numel() for p in net.parameters()), **phases(net, x)}
     found["peak MiB"] = _peak() - before
     net, x = build(layers, narrow, "cpu")
+    found["narrow: sensitivity() s"] = analysed(net, x) if layers <= LAST else math.nan
     start = time.perf_counter()
     prune(net, x, 0.5)
     return {**found, "narrow: prune() s": time.perf_counter() - start}
+
+
+def analysed(net: nn.Module, x: Tensor) -> float:
+    """Seconds that one point of every group's sensitivity takes, on one batch."""
+    start = time.perf_counter()
+    sensitivity(Module(net), [x], "loss", ratios=[0.5], mode="min")
+    return time.perf_counter() - start
 
 
 def phases(net: nn.Module, x: Tensor) -> Found:
@@ -138,6 +160,14 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return over / sum((a - middle[0]) ** 2 for a in x)
 
 
+def growth(sizes: Sequence[Found], name: str) -> float:
+    """The exponent of one column, by its larger half."""
+    known = [each for each in sizes if not math.isnan(each[name])]
+    larger = known[len(known) // 2 :] if len(known) > 3 else known
+    sizes = [each["layers"] for each in larger]
+    return exponent(sizes, [each[name] for each in larger]) if len(set(sizes)) > 1 else math.nan
+
+
 def refused(network: str) -> str:
     """What the meta device has no answer to."""
     build, wide, _ = NETS[network]
@@ -154,10 +184,10 @@ def report(found: Mapping[str, Sequence[Found]]) -> str:
     for network, sizes in found.items():
         for each in sizes:
             counts = (f"{each[name]:,.0f}" for name in COLUMNS[1:4])
-            lines.append((network, *counts, *(f"{each[name]:.3g}" for name in PHASES)))
-        larger = sizes[len(sizes) // 2 :] if len(sizes) > 3 else sizes
-        powers = (exponent([e["layers"] for e in larger], [e[name] for e in larger]) for name in PHASES)
-        lines.append((f"{network}: exponent", "", "", "", *(f"{power:.2f}" for power in powers)))
+            lines.append((network, *counts, *(f"{each[name]:.3g}".replace("nan", "") for name in PHASES)))
+        lines.append(
+            (f"{network}: exponent", "", "", "", *(f"{growth(sizes, name):.2f}".replace("nan", "") for name in PHASES))
+        )
     refusals = "; ".join(f"{network}: {refused(network)}" for network in found)
     note = f"On the meta device prune() itself gets no further than: {refusals}."
     return f"{markdown(COLUMNS, lines)}\n\n{note}\n\n{foot()}.\n"

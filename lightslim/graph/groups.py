@@ -158,9 +158,8 @@ def record(probe: Probe) -> Graph:
     for training in (False, True) if probe.train else (False,):
         book.counting = not book.work  # a validation step may do without the model: then training counts
         traces[training] = book.trace = []
-        with book.watching():
-            output, _ = probe.run(training)
-            book.protect(output)
+        output, _ = probe.run(training, within=book.watching())
+        book.protect(output)
         used = used or (set(book.reached) if book.work else set())
     return _graph(book, probe, traces, used)
 

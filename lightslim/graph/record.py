@@ -62,9 +62,9 @@ class Recorder(TorchDispatchMode):
         self._where = [""]
 
     def __getitem__(self, tensor: Tensor) -> Axes:
-        if tensor not in self._axes:
-            self._axes[tensor] = self._first_sight(tensor)
-        axes: Axes = self._axes[tensor]
+        axes: Axes | None = self._axes.get(tensor)
+        if axes is None:
+            axes = self._axes[tensor] = self._first_sight(tensor)
         return axes
 
     def __setitem__(self, tensor: Tensor, axes: Iterable[Axis]) -> None:

@@ -9,7 +9,8 @@ from typing_extensions import override
 
 from lightslim.monitor.layout import layout, settings_by_path
 from lightslim.monitor.text import lasting, markdown, measured
-from lightslim.prune import curves
+from lightslim.pictures import can_draw, pixels
+from lightslim.prune import couplings, curves
 from lightslim.strategy import strategies_of
 
 
@@ -78,6 +79,8 @@ class CompressionMonitor(Callback):
                 _call(trainer, "add_text", f"lightslim/{strategy.name}", markdown(record), record["step"])
                 if "sensitivities" in record:
                     _curves(trainer, strategy.name, record)
+                if can_draw():
+                    _pictures(trainer, strategy.name, record)
             self.shown[strategy.state_key] = len(strategy.history)
 
     def _draw(self, trainer: Trainer, record: Mapping[str, Any]) -> None:
@@ -110,12 +113,22 @@ def _call(trainer: Trainer, method: str, *arguments: Any) -> None:
 
 
 def _curves(trainer: Trainer, name: str, record: Mapping[str, Any]) -> None:
-    """Each layer's loss over the percentage of its units masked, and all layers in one picture."""
+    """Each layer's loss over the percentage of its units masked."""
     tag = f"lightslim/{name}/sensitivity/epoch{record['epoch']}"
     for writer in _writers(trainer, "add_scalar"):  # steps here are percent: other loggers would be lost
         for layer, curve in record["sensitivities"].items():
             for share, loss in zip((0.0, *curve["pruned_percent"]), (0.0, *curve["loss"]), strict=True):
                 writer.add_scalar(f"{tag}/{layer}", loss, round(100 * share))
-    if curves.can_draw():
-        for writer in _writers(trainer, "add_image"):
-            writer.add_image(tag, curves.pixels(record), record["step"], dataformats="HWC")
+
+
+def _pictures(trainer: Trainer, name: str, record: Mapping[str, Any]) -> None:
+    """All layers' curves of sensitivity, and which layers were cut together."""
+    figures = {}
+    if "sensitivities" in record:
+        figures[f"sensitivity/epoch{record['epoch']}"] = curves.figure(record)
+    if record.get("coupled"):
+        figures[f"groups/epoch{record['epoch']}"] = couplings.figure(
+            record["coupled"], record["units"], list(record["layers"])
+        )
+    for tag, figure in figures.items():
+        _call(trainer, "add_image", f"lightslim/{name}/{tag}", pixels(figure), record["step"], None, "HWC")

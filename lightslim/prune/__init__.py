@@ -1,6 +1,7 @@
 """Structural pruning: units leave the model for good, and it gets smaller and faster in every runtime."""
 
 from lightslim.prune.analysis import sensitivity
+from lightslim.prune.couplings import draw_groups
 from lightslim.prune.criteria import bn_scale, fpgm, l1_norm, l2_norm, random
 from lightslim.prune.pruner import StructurePruner
 from lightslim.prune.report import PruneReport
@@ -13,6 +14,7 @@ __all__ = [
     "StructurePruner",
     "UniformPruneStrategy",
     "bn_scale",
+    "draw_groups",
     "find_groups",
     "fpgm",
     "l1_norm",

@@ -1,5 +1,6 @@
 """How much a metric suffers when a layer loses its least important units: the analysis, and the function for it."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -290,13 +291,14 @@ def sensitivity(
 
 
 def _trainer_for(module: LightningModule) -> Trainer:
-    """A Trainer that knows the module's device and does nothing else."""
-    device = module.device
-    return Trainer(
-        accelerator=device.type,
-        devices=1 if device.index is None else [device.index],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    """A Trainer that knows the module's device and does nothing else, nor says what it finds."""
+    device, logger = module.device, logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    with replaced(logger, disabled=True):
+        return Trainer(
+            accelerator=device.type,
+            devices=1 if device.index is None else [device.index],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )

@@ -12,7 +12,7 @@ from lightslim.graph import Axis, Graph, Group
 from lightslim.prune.analysis import parameter_names
 from lightslim.prune.ratios import Curve, common_level
 from lightslim.prune.uniform import UniformPruning
-from lightslim.prune.widths import Solution, removal, settle
+from lightslim.prune.widths import Removal, Solution, settle
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SensitivePruning(UniformPruning):
     def solve(self, graph: Graph, groups: Sequence[Group], scores: Mapping[Axis, Tensor]) -> Solution:
         named = parameter_names(groups, self.pruner, graph.parameters)
         named = {name: group for name, group in named.items() if name in self.curves}
-        removed = removal(graph)
+        removed = Removal(graph)
 
         def widths(shares: Mapping[str, float]) -> dict[Any, int]:
             return {named[name].axis: self._width(name, named[name], share) for name, share in shares.items()}

@@ -1,19 +1,11 @@
 """Sensitivities for people: the chosen shares as a table, the curves as a picture where matplotlib is installed."""
 
-import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from lightslim.files import replacing
 from lightslim.tables import table
 
 Record = Mapping[str, Any]
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def rows(record: Record) -> list[tuple[str, str, str, str]]:
@@ -56,20 +48,3 @@ def figure(record: Record) -> Any:
     axes.grid(alpha=0.3)
     drawing.legend(loc="outside right upper", fontsize="x-small")
     return drawing
-
-
-def pixels(record: Record) -> Any:
-    """The picture as an array of bytes, height x width x 3."""
-    import numpy
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure(record))
-    canvas.draw()
-    return numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def draw(record: Record, path: Path) -> None:
-    """Write the picture as a PNG, if matplotlib is there."""
-    if can_draw():
-        with replacing(path) as partial:
-            figure(record).savefig(partial, format="png")

@@ -4,9 +4,11 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightslim.graph import Axis, Graph, Kept, leaves
 from lightslim.steps import Probe, tensors_in
@@ -15,6 +17,7 @@ from lightslim.surgery import Cut, apply, plan
 # Statistics over the units that are left differ from those over zeroed ones, and ought to.
 _NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm"}
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+Outputs = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -25,23 +28,33 @@ class Failure:
     where: tuple[str, ...] = ("",)
 
 
-def changed_result(graph: Graph, probe: Probe, kept: Kept) -> Failure | None:
+def comparable(graph: Graph, kept: Kept) -> Kept:
+    """The part of ``kept`` that should change no result: not the groups that a layer or group norm runs over."""
+    normalised = _normalised(graph)
+    return {axis: mask for axis, mask in kept.items() if axis not in normalised}
+
+
+def changed_result(graph: Graph, probe: Probe, kept: Kept, got: Outputs | None = None) -> Failure | None:
     """Compare the model cut to ``kept`` with the model whose other units are zeroed, on one evaluation step.
 
-    Groups that a layer or group norm runs over are left whole for this. Both runs see the same random numbers.
+    Only what is :func:`comparable` is cut for this. Both runs see the same random numbers.
+
+    Args:
+        graph: the recording of the uncut model.
+        probe: how to run the model.
+        kept: the units to keep.
+        got: the :func:`outputs` of the model so cut, where they are known already.
 
     Returns:
         Why the cut is not to be trusted; None if the two agree.
     """
-    normalised = _normalised(graph)
-    compared = {axis: mask for axis, mask in kept.items() if axis not in normalised}
+    compared = comparable(graph, kept)
     if not compared:
         return None
     probe = replace(probe, context=contextlib.nullcontext)
     cut = plan(probe.module, graph, compared)
     tolerance = _TOLERANCE.get(_dtype(probe.module), 0.1)
-    first = probe.module, *probe.module.children()
-    if all(error <= tolerance for _, error in _differences(probe, cut, first)):
+    if all(error <= tolerance for _, error in _differences(probe, cut, outermost(probe.module), got)):
         return None
     differ = ((path, error) for path, error in _differences(probe, cut, probe.module.modules()) if error > tolerance)
     path, error = next(differ, ("", math.inf))
@@ -60,16 +73,19 @@ def enclosing(path: str) -> tuple[str, ...]:
     return tuple(".".join(parts[:end]) for end in range(len(parts), -1, -1))
 
 
-def _differences(probe: Probe, cut: Cut, watched: Iterable[nn.Module]) -> list[tuple[str, float]]:
+def _differences(
+    probe: Probe, cut: Cut, watched: Iterable[nn.Module], got: Outputs | None = None
+) -> list[tuple[str, float]]:
     """How far the outputs of the ``watched`` modules, and of the step, are off when cut instead of zeroed, by path."""
     watched = list(watched)
     with zeroed(probe.module, cut):
-        expected = _outputs(probe, watched)
-    undo = apply(probe.module, cut)
-    try:
-        got = _outputs(probe, watched)
-    finally:
-        undo()
+        expected = outputs(probe, watched)
+    if got is None:
+        undo = apply(probe.module, cut)
+        try:
+            got = outputs(probe, watched)
+        finally:
+            undo()
     return [(path, _difference(b, a)) for (path, a), (_, b) in zip(expected, got, strict=False)]
 
 
@@ -84,28 +100,37 @@ def zeroed(module: nn.Module, cut: Cut) -> Iterator[None]:
     parameters = dict(module.named_parameters())
     before = {item.tensor: parameters[item.tensor].data for item in cut.slices if item.tensor in parameters}
     try:
-        for item in cut.slices:
-            if item.tensor in parameters:
-                data = parameters[item.tensor].data
-                gone = sorted(set(range(item.size)) - set(item.kept))
-                parameters[item.tensor].data = data.index_fill(item.dim, torch.tensor(gone, device=data.device), 0)
+        for name, data in before.items():
+            parameters[name].data = data.clone()
+        for item in (item for item in cut.slices if item.tensor in parameters):
+            data = parameters[item.tensor].data
+            gone = sorted(set(range(item.size)) - set(item.kept))
+            data.index_fill_(item.dim, torch.tensor(gone, dtype=torch.int64, device=data.device), 0)
         yield
     finally:
         for name, data in before.items():
             parameters[name].data = data
 
 
-def _outputs(probe: Probe, watched: Iterable[nn.Module]) -> list[tuple[str, Tensor]]:
+def outermost(module: nn.Module) -> tuple[nn.Module, ...]:
+    """The module and its children: whose outputs are enough to see that two runs differ."""
+    return module, *module.children()
+
+
+def outputs(
+    probe: Probe, watched: Iterable[nn.Module], within: contextlib.AbstractContextManager[Any] | None = None
+) -> Outputs:
     """What the ``watched`` modules and the step itself return in one evaluation run, in order, by path."""
     found: list[tuple[str, Tensor]] = []
     paths = {id(module): path for path, module in probe.module.named_modules()}
 
     def keep(module: nn.Module, inputs: object, output: object) -> None:
-        found.extend((paths[id(module)], tensor.detach().clone()) for tensor in tensors_in(output))
+        with _disable_current_modes():  # a copy is no op of the model
+            found.extend((paths[id(module)], tensor.detach().clone()) for tensor in tensors_in(output))
 
     handles = [module.register_forward_hook(keep) for module in watched]
     try:
-        output, _ = probe.run()
+        output, _ = probe.run(within=within)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,11 +1,12 @@
 """What a cut did, as plain records and as a table for people."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lightslim.graph import Graph, Kept, kept_sizes
+from lightslim.prune.couplings import dims_by_layer, named_groups
 from lightslim.tables import table
 
 
@@ -23,6 +24,7 @@ class PruneReport:
         frozen: what could not lose units: (first tensor, units, reason).
         unused: trainable parameters that neither step uses.
         chosen: where layers differ, the share of units that goes, by the parameter that stands for its group.
+        coupled: group name to its layers, and the dimensions of their weights that hold its units.
     """
 
     flops: tuple[int, int]
@@ -34,6 +36,7 @@ class PruneReport:
     frozen: tuple[tuple[str, int, str], ...]
     unused: tuple[str, ...] = ()
     chosen: Mapping[str, float] = field(default_factory=dict)
+    coupled: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
 
     @property
     def flops_removed(self) -> float:
@@ -51,6 +54,7 @@ class PruneReport:
             "units": {name: list(pair) for name, pair in self.units.items()},
             "layers": {name: list(pair) for name, pair in self.layers.items()},
             "frozen": [list(item) for item in self.frozen],
+            "coupled": {name: {layer: list(dims) for layer, dims in by.items()} for name, by in self.coupled.items()},
         }
 
     @property
@@ -94,16 +98,14 @@ def layers_report(graph: Graph, kept: Kept) -> dict[str, tuple[int, int]]:
 
 
 def units_report(graph: Graph, kept: Kept) -> dict[str, tuple[int, int]]:
-    """Units before and after for each group that takes part, by group name (numbered where a name comes twice)."""
+    """Units before and after for each group that takes part, by group name."""
     sizes = kept_sizes(kept)
-    report: dict[str, tuple[int, int]] = {}
-    for group in graph:
-        if group.axis in sizes:
-            name, number = group.name, 2
-            while name in report:
-                name, number = f"{group.name}#{number}", number + 1
-            report[name] = (group.size, sizes[group.axis])
-    return report
+    return {name: (g.size, sizes[g.axis]) for name, g in named_groups(graph).items() if g.axis in sizes}
+
+
+def coupled_report(graph: Graph, kept: Kept) -> dict[str, dict[str, list[int]]]:
+    """The layers of each group that takes part."""
+    return {name: dims_by_layer(group) for name, group in named_groups(graph).items() if group.axis in kept}
 
 
 def frozen_report(graph: Graph) -> tuple[tuple[str, int, str], ...]:

@@ -11,8 +11,10 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightslim.errors import CompressionError
+from lightslim.files import check_writable
 from lightslim.infit import cut_in_fit, evaluate, probe_of
 from lightslim.patterns import lookup, select
+from lightslim.pictures import can_draw, save
 from lightslim.prune import curves
 from lightslim.prune.analysis import Analysis, Measure, masked_units, parameter_names, static_fingerprint
 from lightslim.prune.budget import SensitivePruning
@@ -161,6 +163,8 @@ class SensitivePruneStrategy(CompressionStrategy):
     def _check_file(self, trainer: Trainer) -> None:
         """Fail now over a file that could not be used then."""
         path = self._path(trainer)
+        if trainer.is_global_zero:
+            check_writable(path)
         if path.exists() and not self._begun:
             check(path, read(path)["fingerprint"], static_fingerprint(self.measure, self.task.pruner))
             if self.start_epoch > trainer.current_epoch == 0:
@@ -230,8 +234,9 @@ class SensitivePruneStrategy(CompressionStrategy):
         rank_zero_info(
             f"{self.name}, epoch {trainer.current_epoch}: {report.summary}{changed}\n{curves.chosen(record)}"
         )
-        if trainer.is_global_zero:
-            curves.draw(record, Path(trainer.default_root_dir) / f"{self.name}-epoch{trainer.current_epoch}.png")
+        if trainer.is_global_zero and can_draw():
+            picture = Path(trainer.default_root_dir) / f"{self.name}-epoch{trainer.current_epoch}.png"
+            save(curves.figure(record), picture)
         return record
 
     def analyse(

@@ -7,12 +7,13 @@ what was learned of two of them goes for all.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 from torch import nn
 
 from lightslim.graph import Axis, Graph, Group, Kept, ShapeTrace, disagreement, kept_sizes, leaves
-from lightslim.prune.neutral import Failure, changed_result, enclosing
+from lightslim.prune.neutral import Failure, Outputs, changed_result, comparable, enclosing, outermost, outputs
 from lightslim.sizes import sizes_from_axes
 from lightslim.steps import Probe
 from lightslim.surgery import apply, plan
@@ -57,22 +58,30 @@ class _Lessons:
         if not kept:
             return None
         try:
-            return self._odd_run(graph, kept) or changed_result(graph, self.probe, kept)
+            failure, got = self._odd_run(graph, kept)
+            return failure or changed_result(graph, self.probe, kept, got)
         except Exception as error:  # whatever the user's code raises when a size is not what it expects
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return Failure(reason, _running(self.probe.module, error))
 
-    def _odd_run(self, graph: Graph, kept: Kept) -> Failure | None:
+    def _odd_run(self, graph: Graph, kept: Kept) -> tuple[Failure | None, Outputs | None]:
+        """Run the cut model; why its shapes are odd, and its outputs where they can be compared as they are."""
+        # Numbers are compared in full precision, shapes in that of the training
+        exact = self.probe.context is nullcontext and len(comparable(graph, kept)) == len(kept)
+        got, watched = None, outermost(self.probe.module)
         undo = apply(self.probe.module, plan(self.probe.module, graph, kept))
         try:
             for training, expected in graph.traces.items():
-                with ShapeTrace() as trace:
-                    self.probe.run(training)
+                trace = ShapeTrace()
+                if training or not exact:
+                    self.probe.run(training, within=trace)
+                else:
+                    got = outputs(self.probe, watched, within=trace)
                 if found := disagreement(expected, trace, kept_sizes(kept)):
-                    return Failure(found[1], enclosing(found[0].where))
+                    return Failure(found[1], enclosing(found[0].where)), None
         finally:
             undo()
-        return None
+        return None, got
 
     def following(self, graph: Graph, kept: Kept, failure: Failure) -> Graph | None:
         """The same graph in which the sizes in the Python of a failed module's class follow the cut, in a new reading.

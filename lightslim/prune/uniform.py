@@ -15,7 +15,7 @@ from lightslim.infit import cut_in_fit, evaluate, logged_names, probe_of
 from lightslim.patterns import check_pattern, select
 from lightslim.prune.pruner import StructurePruner
 from lightslim.prune.ranking import global_widths
-from lightslim.prune.report import PruneReport, frozen_report, layers_report, units_report
+from lightslim.prune.report import PruneReport, coupled_report, frozen_report, layers_report, units_report
 from lightslim.prune.trial import feasible
 from lightslim.prune.widths import TOLERANCE, Rounding, Solution, uniform_widths
 from lightslim.steps import Probe, forward_probe
@@ -67,11 +67,13 @@ class UniformPruning:
     def tried(self, probe: Probe) -> tuple[Graph, Kept, Solution]:
         """The model's recording, with what does not stand the cut frozen, the units to keep and the widths behind."""
         found: list[Solution] = []
+        known: dict[Axis, Tensor] = {}
         tensors = self.pruner.tensors(probe.module, probe.gradients)
 
         def choose(graph: Graph) -> Kept:
             groups = self.pruner.selected(graph, self.pruned_params, self.ignore)
-            scores = {group.axis: self.pruner.importance(group, tensors) for group in groups}
+            known.update({g.axis: self.pruner.importance(g, tensors) for g in groups if g.axis not in known})
+            scores = {group.axis: known[group.axis] for group in groups}
             found.append(self.solve(graph, groups, scores))
             return {axis: self.pruner.keep(score, found[-1].widths[axis]) for axis, score in scores.items()}
 
@@ -99,6 +101,7 @@ class UniformPruning:
             frozen=frozen_report(graph),
             unused=tuple(name for name in graph.unreached if name not in graph.untrained),
             chosen=solution.shares,
+            coupled=coupled_report(graph, kept),
         )
 
 

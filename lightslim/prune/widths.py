@@ -1,7 +1,8 @@
 """How many units each group keeps so that the whole model reaches a FLOPs target."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 
@@ -88,7 +89,7 @@ def uniform_widths(graph: Graph, groups: Sequence[Group], target: float, roundin
         target: share of the graph's FLOPs to remove, in (0, 1).
         rounding: the widths allowed.
     """
-    removed = removal(graph)
+    removed = Removal(graph)
 
     def at(ratio: float) -> Widths:
         return {group.axis: rounding.nearest(group.size, ratio) for group in groups}
@@ -102,31 +103,45 @@ def uniform_widths(graph: Graph, groups: Sequence[Group], target: float, roundin
     return Solution(widths, ratio, removed(widths))
 
 
-def removal(graph: Graph) -> Callable[[Widths], float]:
-    """From widths to the share of the graph's FLOPs that they remove.
+class Removal:
+    """From widths to the share of a graph's FLOPs that they remove.
 
-    A search asks for many widths that hardly differ, so only what has changed since the last ones is counted anew.
+    A search asks for many widths that hardly differ, so only what has changed since the last ones is counted anew, and
+    of a move only what it touches.
+
+    Args:
+        graph: the recording that predicts FLOPs.
     """
-    left = [graph.flops_of(item, {}) for item in graph.work]
-    touched: dict[Axis, set[int]] = {}
-    for index, item in enumerate(graph.work):
-        for leaf in (leaf for axis in item.axes for leaf in leaves(axis)):
-            touched.setdefault(leaf, set()).add(index)
-    last: Widths = {}
-    total = sum(left)
-    whole = total or 1
 
-    def removed(widths: Widths) -> float:
-        nonlocal last, total
-        changed = {axis for axis, _ in widths.items() ^ last.items()}
-        for index in set[int]().union(*(touched.get(axis, ()) for axis in changed)):
-            total -= left[index]
-            left[index] = graph.flops_of(graph.work[index], widths)
-            total += left[index]
-        last = dict(widths)
-        return 1 - total / whole
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._left = [graph.flops_of(item, {}) for item in graph.work]
+        self._touched: dict[Axis, set[int]] = {}
+        for index, item in enumerate(graph.work):
+            for leaf in (leaf for axis in item.axes for leaf in leaves(axis)):
+                self._touched.setdefault(leaf, set()).add(index)
+        self._last: Widths = {}
+        self._total = sum(self._left)
+        self._whole = self._total or 1
 
-    return removed
+    def __call__(self, widths: Widths) -> float:
+        """The share that ``widths`` remove."""
+        for index in self._work_of(axis for axis, _ in widths.items() ^ self._last.items()):
+            self._total -= self._left[index]
+            self._left[index] = self._graph.flops_of(self._graph.work[index], widths)
+            self._total += self._left[index]
+        self._last = dict(widths)
+        return 1 - self._total / self._whole
+
+    def moved(self, move: Widths) -> float:
+        """The share that the last widths remove once ``move`` has changed some of them."""
+        widths = ChainMap(move, self._last)
+        work = self._work_of(move)
+        more = sum(self._graph.flops_of(self._graph.work[index], widths) - self._left[index] for index in work)
+        return 1 - (self._total + more) / self._whole
+
+    def _work_of(self, axes: Iterable[Axis]) -> set[int]:
+        return set[int]().union(*(self._touched.get(axis, ()) for axis in axes))
 
 
 def settle(
@@ -134,7 +149,7 @@ def settle(
     groups: Sequence[Group],
     target: float,
     rounding: Rounding,
-    removed: Callable[[Widths], float],
+    removed: Removal,
     floors: Mapping[Axis, int] | None = None,
 ) -> Widths:
     """Bring widths nearer to the target while they stay as near to ``start`` as that allows.
@@ -166,7 +181,7 @@ class _Search:
     groups: Sequence[Group]
     target: float
     rounding: Rounding
-    removed: Callable[[Widths], float]
+    removed: Removal
     floors: Mapping[Axis, int]
 
     def error(self, widths: Widths) -> float:
@@ -202,7 +217,8 @@ class _Search:
         return min((dict(zip(axes, combination, strict=True)) for combination in product(*choices)), key=rank)
 
     def _nearest(self, widths: Widths, moves: Sequence[Widths]) -> tuple[float, Widths]:
-        errors = [self.error(widths | move) for move in moves]
+        self.removed(widths)
+        errors = [abs(self.removed.moved(move) - self.target) for move in moves]
         best = min(range(len(moves)), key=errors.__getitem__, default=None)
         return (errors[best], moves[best]) if best is not None else (float("inf"), {})
 
