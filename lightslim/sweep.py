@@ -101,12 +101,13 @@ def run_grid(recipe: Path, cells: Sequence[Cell], settings: Sequence[str], out: 
     """
     folders = [out / cell.name for cell in cells]
     for cell, folder in zip(cells, folders, strict=True):
-        _check(recipe, [*settings, *cell.settings], folder)
+        wanted = check(recipe, [*settings, *cell.settings])
+        _check_folder(folder, wanted)
     failed = []
     for number, (cell, folder) in enumerate(zip(cells, folders, strict=True), 1):
         done = (folder / rundir.RESULT).exists()
         print(f"[{number}/{len(cells)}] {cell.name}{': finished before' if done else ''}", flush=True)
-        if not done and _train(recipe, [*settings, *cell.settings], folder):
+        if not done and train(recipe, [*settings, *cell.settings], folder):
             failed.append(cell.name)
     if failed:
         raise CompressionError(
@@ -115,9 +116,18 @@ def run_grid(recipe: Path, cells: Sequence[Cell], settings: Sequence[str], out: 
     return folders
 
 
-def _check(recipe: Path, settings: Sequence[str], folder: Path) -> None:
+def check(recipe: Path, settings: Sequence[str]) -> Recipe:
+    """The recipe under ``settings``, ``key.path=value`` each.
+
+    Raises:
+        CompressionError: it or they are wrong.
+    """
     wanted = Recipe.from_yaml(recipe, settings)
     Compressor.from_recipe(wanted)
+    return wanted
+
+
+def _check_folder(folder: Path, wanted: Recipe) -> None:
     kept = folder / rundir.RECIPE
     if kept.exists() and _asked(read(kept).tree) != _asked(wanted.resolved()):
         raise CompressionError(f"{folder} holds a run of other settings: name another --out, or take it away")
@@ -128,8 +138,8 @@ def _asked(tree: Mapping[str, Any]) -> str:
     return dump({section: content for section, content in tree.items() if section != "plugins"})
 
 
-def _train(recipe: Path, settings: Sequence[str], folder: Path) -> int:
-    """Run or resume in a process; returns its exit status."""
+def train(recipe: Path, settings: Sequence[str], folder: Path) -> int:
+    """Run or resume in a process of its own; returns its exit status."""
     options = itertools.chain.from_iterable(("--set", setting) for setting in settings)
     command = [sys.executable, "-m", "lightslim", "run", str(recipe), *options]
     with subprocess.Popen([*command, "--resume", "auto", "--out", str(folder)]) as process:

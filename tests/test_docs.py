@@ -31,6 +31,7 @@ def _given(tmp_path, page):
 
     from lightslim import Compressor
 
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     train, val = loaders()
     recipe = (
         "strategies: {halve: {class: UniformPruneStrategy, target_ratio: 0.5}}\n"
