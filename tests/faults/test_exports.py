@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TinyModule, loaders, trainer
 from torch import nn
 
-from lightslim import CompressionError, load_compressed
+from lightslim import CompressionError, UniformPruneStrategy, load_compressed
 from lightslim.export import export
 from lightslim.export.bench import bench, read_manifest
 from lightslim.quantize import transform
+from lightslim.show import inspection
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,6 +157,24 @@ def test_no_damage_goes_unnoticed_by_load_compressed(tmp_path, record_property):
     record_property("exports, damages refused", f"{refused} of 600 (float); the others change no value")
 
 
+def test_no_damage_goes_unnoticed_by_inspect(tmp_path, record_property):
+    path, generator = tmp_path / "last.ckpt", random.Random(0)
+    fit = trainer(tmp_path, UniformPruneStrategy(target_ratio=0.5), max_epochs=1)
+    fit.fit(TinyModule(), *loaders())
+    fit.save_checkpoint(path)
+    content, expected = path.read_bytes(), inspection(str(path))
+    assert "prune at epoch 0" in expected
+    refused = 0
+    for _ in range(300):
+        path.write_bytes(damaged(content, generator))
+        try:
+            assert inspection(str(path)) == expected
+        except CompressionError as error:
+            refused += "last.ckpt" in str(error)
+    assert refused > 200
+    record_property("checkpoints, damages refused by inspect", f"{refused} of 300; the others change no word")
+
+
 def test_no_damage_goes_unnoticed_by_bench(tmp_path, record_property):
     path, generator = tmp_path / "net.onnx", random.Random(0)
     export(net(), torch.randn(8, 16), path, format="onnx")
@@ -174,6 +194,8 @@ def test_foreign_files_are_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(CompressionError, match="foreign cannot be read as a checkpoint"):
         load_compressed(plain, path)
+    with pytest.raises(CompressionError, match="foreign cannot be read as a checkpoint"):
+        inspection(str(path))
     with pytest.raises(CompressionError, match=r"foreign has no foreign\.json beside it"):
         bench([path])
 
@@ -188,4 +210,6 @@ def test_a_payload_is_not_executed(tmp_path, monkeypatch):
     torch.save({"state_dict": {}, "more": Payload()}, "payload.ckpt")
     with pytest.raises(CompressionError, match=r"payload\.ckpt cannot be read as a checkpoint"):
         load_compressed(plain, "payload.ckpt")
+    with pytest.raises(CompressionError, match=r"payload\.ckpt cannot be read as a checkpoint"):
+        inspection("payload.ckpt")
     assert not Path("executed").exists()
