@@ -98,3 +98,28 @@ def test_timms_models_where_it_is_installed(name):
     assert prune(net, images, 0.5).flops_removed >= 0.3
     net.train()(images).sum().backward()
     net.eval()(images)
+
+
+class StandardisedConv(nn.Conv2d):
+    """Each filter has mean 0 and variance 1 whenever it is used, as in nets without norms of their activations."""
+
+    def forward(self, x):
+        filters = self.weight.reshape(1, self.out_channels, -1)
+        weight = nn.functional.batch_norm(filters, None, None, training=True, momentum=0.0, eps=1e-6)
+        return nn.functional.conv2d(x, weight.reshape_as(self.weight), self.bias, padding=1)
+
+
+def test_standardised_filters_lose_inputs_as_a_norm_does():
+    net = nn.Sequential(StandardisedConv(3, 16, 3), nn.ReLU(), StandardisedConv(16, 32, 3), nn.ReLU(),
+                        StandardisedConv(32, 8, 3), nn.Flatten(), nn.Linear(512, 4))  # fmt: skip
+    x = torch.randn(2, 3, 8, 8)
+    report = prune(net, x, 0.5)
+    assert report.flops_removed > 0.45
+    assert (net[2].in_channels, net[4].in_channels) == (net[0].out_channels, net[2].out_channels)
+    assert net[0].out_channels < 16
+    assert net[2].out_channels < 32
+    filters = net[2].weight.detach().flatten(1).double()
+    expected = (filters - filters.mean(1, keepdim=True)) / (filters.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    inside = net[1](net[0](x)).double()
+    by_hand = nn.functional.conv2d(inside, expected.reshape(net[2].weight.shape), net[2].bias.double(), padding=1)
+    torch.testing.assert_close(net[2](net[1](net[0](x))).double(), by_hand, rtol=1e-4, atol=1e-4)

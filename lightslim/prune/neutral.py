@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lightslim.graph import Axis, Graph, Kept, leaves
+from lightslim.graph import Axis, Graph, Kept, Made, leaves
 from lightslim.steps import Probe, tensors_in
 from lightslim.surgery import Cut, apply, plan
 
@@ -90,8 +90,16 @@ def _differences(
 
 
 def _normalised(graph: Graph) -> set[Axis]:
-    made = (made for made in graph.traces[False] if made.op in _NORMS)
-    return {leaf for one in made for axes in one.outputs for axis in axes for leaf in leaves(axis)}
+    return {leaf for made in graph.traces[False] for axis in _statistics_over(made) for leaf in leaves(axis)}
+
+
+def _statistics_over(made: Made) -> Iterator[Axis]:
+    """The axes that a norm runs over: all, or, of a batch norm (of standardised weights, say), all but the channels."""
+    for axes in made.outputs:
+        if made.op in _NORMS:
+            yield from axes
+        elif "batch_norm" in made.op:
+            yield from (axis for dim, axis in enumerate(axes) if dim != 1 and len(axes) > 1)
 
 
 @contextlib.contextmanager
