@@ -123,3 +123,75 @@ def test_standardised_filters_lose_inputs_as_a_norm_does():
     inside = net[1](net[0](x)).double()
     by_hand = nn.functional.conv2d(inside, expected.reshape(net[2].weight.shape), net[2].bias.double(), padding=1)
     torch.testing.assert_close(net[2](net[1](net[0](x))).double(), by_hand, rtol=1e-4, atol=1e-4)
+
+
+class HandNorm(nn.LayerNorm):
+    """A layer norm spelled out."""
+
+    def forward(self, x):
+        mean = x.mean(-1, keepdim=True)
+        variance = (x - mean).pow(2).mean(-1, keepdim=True)
+        return self.weight * ((x - mean) / torch.sqrt(variance + self.eps)) + self.bias
+
+
+class ResponseNorm(nn.Module):
+    """Each unit's norm over positions beside the mean of all units' norms (ConvNeXt V2)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        norms = x.norm(p=2, dim=1, keepdim=True)
+        return x + self.weight * x * norms / (norms.mean(-1, keepdim=True) + 1e-6)
+
+
+class MeanGate(nn.Module):
+    """A gate from the mean over units, through weights of its own: no norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.mix(x.mean(-1, keepdim=True)))
+
+
+def between(*layers):
+    return nn.Sequential(nn.Linear(8, 32), *layers, nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4))
+
+
+def test_a_norm_spelled_out_is_cut_as_the_built_in_one():
+    native, by_hand = randomize(between(nn.LayerNorm(32))), between(HandNorm(32))
+    by_hand.load_state_dict(native.state_dict())
+    reports = [prune(net, X, 0.5) for net in (native, by_hand)]
+    assert reports[0].units == reports[1].units
+    assert native[0].out_features == by_hand[1].weight.numel() < 32
+    assert by_hand[1].normalized_shape == (by_hand[0].out_features,)
+    torch.testing.assert_close(by_hand(X), native(X))
+
+
+def test_a_statistic_that_meets_its_units_stands_their_loss_and_another_use_freezes_them():
+    net = between(ResponseNorm(32))
+    assert prune(net, X, 0.5).units["0"][1] < 32
+    assert net(X).isfinite().all()
+    (reason,) = [reason for name, _, reason in prune(between(MeanGate()), X, 0.3).frozen if name == "0.weight"][:1]
+    assert "reduced by mean" in reason
+
+
+def test_a_residual_stream_under_norms_spelled_out_stays_unless_asked_for():
+    class Stream(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.norm, self.wide = nn.Linear(8, 32), HandNorm(32), nn.Linear(32, 64)
+            self.narrow, self.leave = nn.Linear(64, 32), nn.Linear(32, 4)
+
+        def forward(self, x):
+            x = self.enter(x)
+            return self.leave(x + self.narrow(torch.relu(self.wide(self.norm(x)))))
+
+    stays, goes = Stream(), Stream()
+    prune(stays, X, 0.4)
+    prune(goes, X, 0.4, embeddings=True)
+    assert stays.enter.out_features == 32 > goes.enter.out_features
+    assert goes(X).shape == stays(X).shape == (2, 16, 4)

@@ -80,6 +80,7 @@ class Graph:
         batch_size: samples in the recorded step.
         traces: what each op made, in order, by mode (False for evaluation, True for training).
         heads: leaves along which products of matrices are independent.
+        normalised: leaves over which the model's own code normalises, by a mean or a variance.
         follow: paths of modules whose Python holds sizes that have to change with the axes they equal, and which
             reading of them to take where there are several.
     """
@@ -95,6 +96,7 @@ class Graph:
     batch_size: int
     traces: Mapping[bool, Sequence[Made]]
     heads: frozenset[Axis] = frozenset()
+    normalised: frozenset[Axis] = frozenset()
     follow: Mapping[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Group]:
@@ -161,6 +163,7 @@ def record(probe: Probe) -> Graph:
         output, _ = probe.run(training, within=book.watching())
         book.protect(output)
         used = used or (set(book.reached) if book.work else set())
+    book.settle()
     return _graph(book, probe, traces, used)
 
 
@@ -194,6 +197,7 @@ def _graph(book: Recorder, probe: Probe, traces: Mapping[bool, Sequence[Made]], 
         batch_size=probe.batch_size,
         traces=traces,
         heads=frozenset(leaf for axis in book.parallel for leaf in leaves(axis)),
+        normalised=frozenset(leaf for axis in book.normalised for leaf in leaves(axis)),
     )
 
 

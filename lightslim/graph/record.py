@@ -1,6 +1,7 @@
 """Watch one real step of a model, op by op, and note which dimensions are the same axis."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightslim.graph.axes import Axis, freeze
+from lightslim.graph.axes import Axis, find, freeze
 from lightslim.graph.rules import fresh, pointwise
 from lightslim.graph.table import RULES
 from lightslim.graph.trace import Made, whereabouts
@@ -39,6 +40,7 @@ class Recorder(TorchDispatchMode):
         work: the FLOPs of each op of the runs watched with ``counting`` on.
         reads: axes that some weight contracts over, i.e. whose units a later layer reads.
         parallel: axes along which products of matrices are independent: the heads of an attention.
+        normalised: axes over which the model takes a mean or a variance to normalise what it is taken of.
         unknown: names of ops without a rule; all they touched is frozen.
         reached: the axes of the parameters and buffers that some op used.
         trace: what each op of the runs made, in order.
@@ -53,6 +55,7 @@ class Recorder(TorchDispatchMode):
         self.work: list[Work] = []
         self.reads: list[Axis] = []
         self.parallel: list[Axis] = []
+        self.normalised: list[Axis] = []
         self.unknown: set[str] = set()
         self.reached: dict[str, Axes] = {}
         self.trace: list[Made] = []
@@ -60,6 +63,7 @@ class Recorder(TorchDispatchMode):
         self._origin = WeakTensorKeyDictionary()
         self._spent: tuple[str, tuple[Axis, ...]] = ("", ())
         self._where = [""]
+        self._statistics: dict[Axis, tuple[Axis, str]] = {}
 
     def __getitem__(self, tensor: Tensor) -> Axes:
         axes: Axes | None = self._axes.get(tensor)
@@ -94,6 +98,34 @@ class Recorder(TorchDispatchMode):
         """Note what the FLOPs of the op at hand are proportional to, and the weight whose layer they count for."""
         name = self.origin(weight)
         self._spent = (name.rpartition(".")[0] if name else "", tuple(axes))
+
+    def statistic(self, over: Axis, reason: str) -> Axis:
+        """The dimension of size 1 that a statistic over units leaves.
+
+        A statistic that meets its units again normalises them, as a layer norm does, and stands their loss; any other
+        use freezes them for ``reason``.
+        """
+        left = Axis(1)
+        self._statistics[left] = over, reason
+        return left
+
+    def meet(self, operands: Sequence[Axes]) -> None:
+        """Note which statistics meet the units that they were taken over; axes broadcast, aligned from the right."""
+        for column in itertools.zip_longest(*(reversed(axes) for axes in operands)):
+            axes = [find(axis) for axis in column if axis is not None]
+            for axis in axes:
+                over, _ = self._statistics.get(axis, (None, ""))
+                if over is not None and any(find(over) is other for other in axes):
+                    self.normalised.append(over)
+                    del self._statistics[axis]
+
+    def settle(self) -> None:
+        """Freeze the units whose statistics were put to another use."""
+        normalised = {find(axis) for axis in self.normalised}
+        for over, reason in self._statistics.values():
+            if find(over) not in normalised:
+                freeze(over, reason)
+        self._statistics.clear()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

@@ -33,9 +33,10 @@ def fixed(size: int, reason: str) -> Axis:
 
 def pointwise(book: "Recorder", out: Any, func: Any, **arguments: Any) -> None:
     """Elementwise with broadcasting: dimensions are aligned from the right, those of size 1 stretch."""
-    tensors = [value for value in _flat(arguments.values()) if isinstance(value, Tensor)]
+    operands = [book[value] for value in _flat(arguments.values()) if isinstance(value, Tensor)]
+    book.meet(operands)
     for result in _flat([out]):
-        book[result] = _broadcast([book[tensor] for tensor in tensors], result.shape)
+        book[result] = _broadcast(operands, result.shape)
 
 
 def _flat(values: Iterable[Any]) -> list[Any]:
@@ -199,17 +200,23 @@ def spatial(book: "Recorder", out: Any, func: Any, **arguments: Any) -> None:
         book[result] = [*book[source][:lead], *space]
 
 
+_SUMS = {"sum", "linalg_vector_norm"}
+_MOMENTS = {"mean", "var", "std", "var_mean", "std_mean"}
+
+
 def reduce(
     book: "Recorder", out: Any, func: Any, self: Tensor, dim: Any = None, keepdim: bool = False, **_: Any
 ) -> None:
     """Reduced dimensions vanish. A sum or norm stands the loss of units; for others it would change the meaning."""
-    dims = (
-        {d % self.ndim for d in _flat([dim])} if dim is not None and dim != [] and self.ndim else set(range(self.ndim))
-    )
-    if len(dims) < self.ndim and func.overloadpacket.__name__ not in ("sum", "linalg_vector_norm"):
-        for d in dims:
-            freeze(book[self][d], f"reduced by {func.overloadpacket.__name__}")
-    kept = [Axis(1) if d in dims else axis for d, axis in enumerate(book[self]) if keepdim or d not in dims]
+    name, axes = func.overloadpacket.__name__, book[self]
+    whole = dim is None or dim == [] or not self.ndim
+    dims = set(range(self.ndim)) if whole else {d % self.ndim for d in _flat([dim])}
+    partial = len(dims) < self.ndim and name not in _SUMS
+    moment = partial and keepdim and name in _MOMENTS
+    for d in dims if partial and not moment else ():
+        freeze(axes[d], f"reduced by {name}")
+    left = {d: book.statistic(axes[d], f"reduced by {name}") if moment else Axis(1) for d in dims}
+    kept = [left.get(d, axis) for d, axis in enumerate(axes) if keepdim or d not in dims]
     for result in _flat([out]):
         if result.ndim == len(kept):
             book[result] = kept

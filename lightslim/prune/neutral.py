@@ -90,7 +90,8 @@ def _differences(
 
 
 def _normalised(graph: Graph) -> set[Axis]:
-    return {leaf for made in graph.traces[False] for axis in _statistics_over(made) for leaf in leaves(axis)}
+    ops = {leaf for made in graph.traces[False] for axis in _statistics_over(made) for leaf in leaves(axis)}
+    return ops | graph.normalised
 
 
 def _statistics_over(made: Made) -> Iterator[Axis]:

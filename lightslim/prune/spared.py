@@ -15,7 +15,7 @@ def without_embeddings(graph: Graph) -> Graph:
     reads it. What several weights write (dimension 0) and a layer norm or RMS norm runs over counts as one.
     """
     made = (made for trace in graph.traces.values() for made in trace if made.op in _NORMS)
-    normalised = {leaf for one in made for axis in one.outputs[0] for leaf in leaves(axis)}
+    normalised = graph.normalised | {leaf for one in made for axis in one.outputs[0] for leaf in leaves(axis)}
     wide = [group for group in graph if group.axis in normalised and len({*_writers(group)}) > 1]
     return graph.without(wide, EMBEDDING) if wide else graph
 
