@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from lightslim.kernels.arguments import check_axis, check_bits, check_values
-from lightslim.kernels.backend import triton_kernels
+from lightslim.kernels.backend import kernels_of, triton_kernels
 from lightslim.kernels.chain import peaks
 from lightslim.kernels.fake_quant import fake_quant
 
@@ -40,8 +40,15 @@ def fake_quant_many(tensors: Sequence[Tensor], bits: int = 8, axis: int | None =
         if axis is not None:
             check_axis(tensor, axis)
     if torch.compiler.is_compiling() or not _one_launch(tensors, axis):
-        return [fake_quant(tensor, peaks(tensor, axis), bits, axis, clips=False) for tensor in tensors]
+        return [_one(tensor, peaks(tensor, axis), bits, axis) for tensor in tensors]
     return list(FakeQuantMany.apply(bits, *tensors))
+
+
+def _one(x: Tensor, amax: Tensor, bits: int, axis: int | None) -> Tensor:
+    if torch.compiler.is_compiling() or x.requires_grad or type(x) is not Tensor:
+        return fake_quant(x, amax, bits, axis, clips=False)
+    # Without a gradient a Function only costs time, for each weight at each step
+    return kernels_of(x).quantize(x, amax, None, bits, axis, clips=False)
 
 
 class FakeQuantMany(Function):
