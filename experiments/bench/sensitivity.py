@@ -1,8 +1,8 @@
 """What an analysis of sensitivity costs when the common beginning of its steps is computed once.
 
-Each round runs the analysis of all layers both ways on the same images, which are in memory for both: with every step
-computed whole, and with what comes before the masked layer computed once for each batch. All points must be equal to
-the last bit.
+Each round runs the analysis of all layers on the same images: with every step computed whole, with what comes before
+the masked layer computed once for each batch, both with the batches in memory, and as one would by hand, by a mask and
+``Trainer.validate`` for each point. All points must be equal to the last bit.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from experiments.models import ImageClassifier
 from lightslim.graph import record
 from lightslim.prune import StructurePruner
 from lightslim.prune.analysis import Analysis, Measure, parameter_names
+from lightslim.prune.neutral import zeroed
 from lightslim.prune.ratios import measured_ratios
 from lightslim.steps import step_probe
 
@@ -43,6 +44,24 @@ def points(network: str, images: int, ratios: int, once: bool) -> object:
     return analysis.run(progress=False)
 
 
+def by_hand(network: str, images: int, ratios: int) -> object:
+    """The same curves: mask, validate, take the mask off."""
+    analysis = build(network, images, ratios)
+    module, trainer, (loader,) = analysis.module, analysis.trainer, analysis.data[0]  # type: ignore[index]
+
+    def value() -> float:
+        return trainer.validate(module, loader, verbose=False)[0]["val_loss"]
+
+    found, baseline = {}, value()
+    for name, group in analysis.groups.items():
+        losses = []
+        for cut in analysis._cuts(name, analysis.measure.ratios):
+            with zeroed(module, cut):
+                losses.append(value() - baseline)
+        found[name] = {"pruned_percent": list(analysis.measure.ratios), "loss": losses, "size": group.size}
+    return found, baseline
+
+
 def rows(rounds: int, quick: bool) -> Iterator[Row]:
     """The beginning computed once, beside everything computed whole."""
     images, ratios = (128, 1) if quick else (2000, 4)
@@ -54,8 +73,13 @@ def rows(rounds: int, quick: bool) -> Iterator[Row]:
 
         names = {"whole": False, "whole again": False, "once": True}
         steps: dict[str, Step] = {name: partial(step, name, once) for name, once in names.items()}
-        seconds = measure(steps, max(rounds // 5, 1))
-        if found["whole"] != found["once"]:
+
+        def hand(network: str = network, found: dict[str, object] = found) -> None:
+            found["by hand"] = by_hand(network, images, ratios)
+
+        seconds = measure({**steps, "by hand": hand}, max(rounds // 5, 1))
+        if not found["whole"] == found["once"] == found["by hand"]:
             raise SystemExit(f"{network}: the points differ")
         yield row(f"{network}, whole again", seconds, "whole again", "whole", control=True)
         yield row(f"{network}, beginning once / whole", seconds, "once", "whole", 1, "points bit-equal")
+        yield row(f"{network}, beginning once / by hand", seconds, "once", "by hand", 1, "points bit-equal")
