@@ -80,7 +80,7 @@ def masks_for(
             stays = spared(score, *parse_pattern(pattern), (axes or {}).get(name, 1))
         elif before and name in before:
             score = score.masked_fill(before[name], -1.0)
-        stays.view(-1)[score.argmax()] = True
+        stays[torch.unravel_index(score.argmax(), score.shape)] = True
         scores[name] = score.masked_fill(stays, torch.inf).flatten()
     if ranking == "global" and scores:
         everything = _lowest(torch.cat(list(scores.values())), sparsity).split([len(s) for s in scores.values()])
