@@ -46,18 +46,19 @@ class Objective:
     def __post_init__(self) -> None:
         if not self.targets or isinstance(self.targets, str):
             raise CompressionError(f"targets is {self.targets!r}; it must list at least one metric")
-        corners = [[f"{key}={value}" for value in _ends(key, choices)] for key, choices in self.space.items()]
-        for settings in [(), *((one,) for ends in corners for one in ends)]:
-            check(Path(self.recipe), [*self.settings, *settings])
+        ends = [f"{key}={value}" for key, choices in self.space.items() for value in _ends(key, choices)]
+        for settings in [[], *([end] for end in ends)]:
+            check(Path(self.recipe), [*self.settings, *settings], Path(self.out))
 
     def __call__(self, trial: Any) -> tuple[float, ...]:
         """Run one trial; resumes the run in its folder if there is one.
 
         Raises:
-            CompressionError: the run failed, or its result holds no such target.
+            CompressionError: the run failed, its folder holds one of other settings, or its result no such target.
         """
         folder = Path(self.out) / f"trial{trial.number}"
         proposed = [f"{key}={_suggested(trial, key, choices)}" for key, choices in self.space.items()]
+        check(Path(self.recipe), [*self.settings, *proposed], folder)
         if train(Path(self.recipe), [*self.settings, *proposed], folder):
             raise CompressionError(f"trial {trial.number} failed: {', '.join(proposed)}")
         after = read_result(folder)["after"]

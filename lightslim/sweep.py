@@ -101,8 +101,7 @@ def run_grid(recipe: Path, cells: Sequence[Cell], settings: Sequence[str], out: 
     """
     folders = [out / cell.name for cell in cells]
     for cell, folder in zip(cells, folders, strict=True):
-        wanted = check(recipe, [*settings, *cell.settings])
-        _check_folder(folder, wanted)
+        check(recipe, [*settings, *cell.settings], folder)
     failed = []
     for number, (cell, folder) in enumerate(zip(cells, folders, strict=True), 1):
         done = (folder / rundir.RESULT).exists()
@@ -116,18 +115,14 @@ def run_grid(recipe: Path, cells: Sequence[Cell], settings: Sequence[str], out: 
     return folders
 
 
-def check(recipe: Path, settings: Sequence[str]) -> Recipe:
-    """The recipe under ``settings``, ``key.path=value`` each.
+def check(recipe: Path, settings: Sequence[str], folder: Path) -> None:
+    """Make sure that a recipe can be run with ``settings``, ``key.path=value`` each, in ``folder``.
 
     Raises:
-        CompressionError: it or they are wrong.
+        CompressionError: it or they are wrong, or the folder holds a run of other settings.
     """
     wanted = Recipe.from_yaml(recipe, settings)
     Compressor.from_recipe(wanted)
-    return wanted
-
-
-def _check_folder(folder: Path, wanted: Recipe) -> None:
     kept = folder / rundir.RECIPE
     if kept.exists() and _asked(read(kept).tree) != _asked(wanted.resolved()):
         raise CompressionError(f"{folder} holds a run of other settings: name another --out, or take it away")

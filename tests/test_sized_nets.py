@@ -177,6 +177,15 @@ def test_a_statistic_that_meets_its_units_stands_their_loss_and_another_use_free
     assert net(X).isfinite().all()
     (reason,) = [reason for name, _, reason in prune(between(MeanGate()), X, 0.3).frozen if name == "0.weight"][:1]
     assert "reduced by mean" in reason
+    both = prune(between(HandNorm(32), MeanGate()), X, 0.3)
+    assert "0" not in both.units, "one use of two is a norm"
+
+
+def test_only_the_models_own_operations_are_recorded():
+    """Not the copies that put it back afterwards."""
+    ops = {made.op for trace in find_groups(nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(16)), X).traces.values()
+           for made in trace}  # fmt: skip
+    assert not ops & {"clone", "copy_"}
 
 
 def test_a_residual_stream_under_norms_spelled_out_stays_unless_asked_for():

@@ -38,6 +38,10 @@ def test_a_study_runs_what_it_proposes_and_goes_on(recipe, tmp_path):
         assert ran["strategies"]["halve"]["target_ratio"] == trial.params["strategies.halve.target_ratio"]
         assert ran["model"]["width"] == trial.params["model.width"]
         assert result["seed"] == 5
+    another = optuna.create_study(directions=["maximize", "minimize"])
+    another.enqueue_trial({"strategies.halve.target_ratio": 0.55, "model.width": 0.25})
+    with pytest.raises(CompressionError, match="trial0 holds a run of other settings"):
+        another.optimize(objective, n_trials=1)
 
 
 @pytest.mark.parametrize(

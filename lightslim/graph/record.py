@@ -112,19 +112,14 @@ class Recorder(TorchDispatchMode):
     def meet(self, operands: Sequence[Axes]) -> None:
         """Note which statistics meet the units that they were taken over; axes broadcast, aligned from the right."""
         for column in itertools.zip_longest(*(reversed(axes) for axes in operands)):
-            axes = [find(axis) for axis in column if axis is not None]
-            for axis in axes:
-                over, _ = self._statistics.get(axis, (None, ""))
-                if over is not None and any(find(over) is other for other in axes):
-                    self.normalised.append(over)
-                    del self._statistics[axis]
+            axes = {find(axis) for axis in column if axis is not None}
+            met = [one for one, (over, _) in self._statistics.items() if {find(one), find(over)} <= axes]
+            self.normalised += [self._statistics.pop(one)[0] for one in met]
 
     def settle(self) -> None:
         """Freeze the units whose statistics were put to another use."""
-        normalised = {find(axis) for axis in self.normalised}
         for over, reason in self._statistics.values():
-            if find(over) not in normalised:
-                freeze(over, reason)
+            freeze(over, reason)
         self._statistics.clear()
 
     @contextlib.contextmanager

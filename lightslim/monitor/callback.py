@@ -79,7 +79,7 @@ class CompressionMonitor(Callback):
                 _call(trainer, "add_text", f"lightslim/{strategy.name}", markdown(record), record["step"])
                 if "sensitivities" in record:
                     _curves(trainer, strategy.name, record)
-                if can_draw():
+                if can_draw() and _writers(trainer, "add_image"):
                     _pictures(trainer, strategy.name, record)
             self.shown[strategy.state_key] = len(strategy.history)
 
