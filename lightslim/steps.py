@@ -50,6 +50,7 @@ class Probe:
         context: what the step runs in (precision); entered anew for each run.
         batch_size: how many samples to divide the cost of one run by.
         needs_grad: whether the evaluation run differentiates, as a training step may.
+        train_needs_grad: whether the training run does; without, it keeps nothing for a backward pass.
         gradients: takes the mean gradients of the loss by parameter name, from training data; None where that cannot
             be done.
     """
@@ -60,12 +61,13 @@ class Probe:
     context: Context = field(default=contextlib.nullcontext)
     batch_size: int = 1
     needs_grad: bool = False
+    train_needs_grad: bool = True
     gradients: Callable[[], Mapping[str, Tensor]] | None = None
 
     def run(self, training: bool = False, within: AbstractContextManager[Any] | None = None) -> tuple[Any, Log]:
         """Run the step once, ``within`` a context if one is given; returns its output and what it logged."""
         step = self.train if training and self.train else self.evaluate
-        grad = torch.enable_grad() if training or self.needs_grad else torch.no_grad()
+        grad = torch.set_grad_enabled(self.train_needs_grad if training else self.needs_grad)
         with untouched(self.module), captured_log(self.module) as log, stubbed_optimizers(self.module), self.context():
             self.module.train(training)
             with grad, torch.compiler.set_stance("force_eager"), _plain_attention(), within or contextlib.nullcontext():
@@ -91,7 +93,7 @@ def forward_probe(module: nn.Module, example_inputs: Any) -> Probe:
             return module(**example_inputs)
         return module(*example_inputs) if isinstance(example_inputs, (tuple, list)) else module(example_inputs)
 
-    return Probe(module, call, call)
+    return Probe(module, call, call, train_needs_grad=False)
 
 
 def step_probe(module: nn.Module, val_batch: Any, train_batch: Any, context: Context = contextlib.nullcontext) -> Probe:
@@ -144,9 +146,11 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     """All tensors in nested lists, tuples, dicts and dataclass-like objects, in order."""
     if isinstance(tree, Tensor):
         yield tree
+    elif tree is None or isinstance(tree, (int, float, str, bytes)):
+        return
     elif isinstance(tree, Mapping):
         yield from (t for value in tree.values() for t in tensors_in(value))
-    elif isinstance(tree, Sequence) and not isinstance(tree, (str, bytes)):
+    elif isinstance(tree, Sequence):
         yield from (t for value in tree for t in tensors_in(value))
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         yield from tensors_in([getattr(tree, field.name) for field in dataclasses.fields(tree)])

@@ -7,6 +7,7 @@ Everything is computed before anything is changed: a cut happens whole or not at
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -74,10 +75,9 @@ def cuts_of(module: nn.Module) -> list[Cut]:
 
 def plan(module: nn.Module, graph: Graph, kept: Kept) -> Cut:
     """The cut that leaves the units ``kept`` (one bool mask per group's axis) and everything that hangs on them."""
-    slices = tuple(
-        Slice(slot.tensor, slot.dim, len(positions), tuple(positions.nonzero().flatten().tolist()))
-        for slot, positions in masks_of(graph.slots, kept).items()
-    )
+    masks = masks_of(graph.slots, kept)
+    positions = {id(mask): tuple(mask.nonzero().flatten().tolist()) for mask in masks.values()}
+    slices = tuple(Slice(slot.tensor, slot.dim, len(mask), positions[id(mask)]) for slot, mask in masks.items())
     return Cut(slices, tuple(_with_python_sizes(module, graph, kept, _rewrites(module, _shapes_after(module, slices)))))
 
 
@@ -203,8 +203,13 @@ def _by_tensor(cut: Cut, tensors: Mapping[str, Tensor]) -> dict[str, list[Slice]
 def _cut_tensor(tensor: Tensor, slices: Iterable[Slice]) -> Tensor:
     last = tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
     for item in slices:
-        tensor = tensor.index_select(item.dim, torch.tensor(item.kept, dtype=torch.int64, device=tensor.device))
+        tensor = tensor.index_select(item.dim, _index(item.kept, tensor.device))
     return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
+
+
+@lru_cache(maxsize=64)  # the many tensors that lie along an axis all lose the same positions, one after the other
+def _index(kept: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(kept, dtype=torch.int64, device=device)
 
 
 def cut_optimizer_state(optimizer: Optimizer, parameter: Tensor, slices: Iterable[Slice]) -> None:

@@ -3,7 +3,7 @@
 from lightslim.graph.axes import Axis, count, factors, leaves
 from lightslim.graph.groups import FrozenGroup, Graph, Group, Kept, Slot, kept_sizes, masks_of, record
 from lightslim.graph.picture import dot
-from lightslim.graph.trace import Made, ShapeTrace, disagreement
+from lightslim.graph.trace import Made, ShapeTrace, disagreement, same_way
 
 __all__ = [
     "Axis",
@@ -22,4 +22,5 @@ __all__ = [
     "leaves",
     "masks_of",
     "record",
+    "same_way",
 ]

@@ -225,8 +225,12 @@ def _tensors(slots: Iterable[Slot]) -> tuple[str, ...]:
 
 def masks_of(slots: Iterable[Slot], kept: Kept) -> dict[Slot, Tensor]:
     """Which positions of each slot remain (1-D bool); slots that lose nothing are left out."""
-    masks = {slot: mask(slot.axis, kept) for slot in slots}
-    return {slot: positions for slot, positions in masks.items() if not bool(positions.all())}
+    slots = list(slots)
+    masks = {
+        axis: mask(axis, kept) for axis in {slot.axis for slot in slots} if any(leaf in kept for leaf in leaves(axis))
+    }
+    cut = {axis: positions for axis, positions in masks.items() if not bool(positions.all())}
+    return {slot: cut[slot.axis] for slot in slots if slot.axis in cut}
 
 
 def kept_sizes(kept: Kept) -> dict[Axis, int]:

@@ -1,6 +1,7 @@
 """Watch one real step of a model, op by op, and note which dimensions are the same axis."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -204,6 +205,7 @@ def _in_backward() -> bool:
     return torch._C._current_autograd_node() is not None
 
 
+@functools.cache
 def _rule_for(func: Any) -> Callable[..., None] | None:
     """The rule of an op or of the op that it does in place; anything torch calls pointwise needs none of its own."""
     name = _name(func)
@@ -215,6 +217,12 @@ def _rule_for(func: Any) -> Callable[..., None] | None:
 
 def _named(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an op under the names that its schema gives them, defaults included."""
+    names, defaults = _schema(func)
+    return defaults | dict(zip(names, args, strict=False)) | kwargs
+
+
+@functools.cache
+def _schema(func: Any) -> tuple[list[str], dict[str, Any]]:
+    """The names of an op's arguments, and the defaults of those that have one."""
     schema = func._schema.arguments
-    defaults = {a.name: a.default_value for a in schema if a.has_default_value()}
-    return defaults | {a.name: value for a, value in zip(schema, args, strict=False)} | kwargs
+    return [a.name for a in schema], {a.name: a.default_value for a in schema if a.has_default_value()}

@@ -4,7 +4,7 @@ A size that the model's Python holds as a constant (``view(b, 2, -1)``) can swal
 something else. Comparing every intermediate shape with the predicted one finds that out, whatever the values are.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +71,28 @@ def disagreement(expected: Sequence[Made], trace: ShapeTrace, kept: Mapping[Axis
                     why = f"{op} makes a size of {size}, the cut asks for {predicted}: a size is fixed in the code"
                     return made, why
     return None
+
+
+_COPIES = {"detach", "alias", "clone"}  # autograd makes some of its own
+
+
+def same_way(one: Iterable[Made], other: Iterable[Made], kept: Mapping[Axis, Any], apart: Container[str]) -> bool:
+    """Whether two runs did the same to the units of ``kept``: the same ops, by the same modules, on the same sizes.
+
+    Args:
+        one: a run.
+        other: another.
+        kept: the axes that matter.
+        apart: paths of modules that may do what they like.
+    """
+
+    def steps(run: Iterable[Made]) -> Iterator[tuple[str, str, list[int]]]:
+        for made in run:
+            touches = any(leaf in kept for axis in made.touched for leaf in leaves(axis))
+            if touches and made.op not in _COPIES and made.where not in apart:
+                yield made.op, made.where, [axis.size for axis in made.outputs[0]]
+
+    return list(steps(one)) == list(steps(other))
 
 
 @contextmanager

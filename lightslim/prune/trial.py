@@ -11,18 +11,28 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from lightslim.graph import Axis, Graph, Group, Kept, ShapeTrace, disagreement, kept_sizes, leaves
-from lightslim.prune.neutral import Failure, Outputs, changed_result, comparable, enclosing, outermost, outputs
+from lightslim.graph import Axis, Graph, Group, Kept, Made, ShapeTrace, disagreement, kept_sizes, leaves, same_way
+from lightslim.prune.neutral import (
+    Failure,
+    Outputs,
+    cannot_count,
+    changed_result,
+    comparable,
+    enclosing,
+    outermost,
+    outputs,
+)
 from lightslim.sizes import sizes_from_axes
 from lightslim.steps import Probe
-from lightslim.surgery import apply, plan
+from lightslim.surgery import Cut, apply, plan
 
 Choose = Callable[[Graph], Kept]
 Place = tuple[int, int, int]
 
 
-def feasible(graph: Graph, probe: Probe, choose: Choose) -> tuple[Graph, Kept]:
+def feasible(graph: Graph, probe: Probe, choose: Choose) -> tuple[Graph, Kept, Cut]:
     """Choose units to keep, and freeze groups until the cut model runs its own steps.
 
     The trial cuts the live model, runs it, and puts the old tensors back: no copy of the weights is made.
@@ -33,14 +43,15 @@ def feasible(graph: Graph, probe: Probe, choose: Choose) -> tuple[Graph, Kept]:
         choose: from a graph to the units to keep; asked again after each refusal.
 
     Returns:
-        The graph with what could not be cut frozen, and the units to keep.
+        The graph with what could not be cut frozen, the units to keep, and the cut that leaves them.
     """
     lessons = _Lessons(probe)
     while True:
         kept = choose(graph)
-        failure = lessons.failure(graph, kept)
+        cut = plan(probe.module, graph, kept)
+        failure = lessons.failure(graph, kept, cut)
         if failure is None:
-            return graph, kept
+            return graph, kept, cut
         graph = lessons.following(graph, kept, failure) or lessons.freezing(graph, kept, failure)
 
 
@@ -53,35 +64,48 @@ class _Lessons:
         self.readings: Counter[type[nn.Module]] = Counter()
         self.frozen_at: set[tuple[type[nn.Module], Place]] = set()
 
-    def failure(self, graph: Graph, kept: Kept) -> Failure | None:
-        """Why the model does not run, or not as the algebra predicts, when cut to ``kept``; None if it does."""
+    def failure(self, graph: Graph, kept: Kept, cut: Cut) -> Failure | None:
+        """Why the model does not run, or not as the algebra predicts, when ``cut`` to ``kept``; None if it does."""
         if not kept:
             return None
         try:
-            failure, got = self._odd_run(graph, kept)
-            return failure or changed_result(graph, self.probe, kept, got)
+            failure, got, proven = self._odd_run(graph, kept, cut)
+            return failure if failure or proven else changed_result(graph, self.probe, kept, got)
         except Exception as error:  # whatever the user's code raises when a size is not what it expects
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return Failure(reason, _running(self.probe.module, error))
 
-    def _odd_run(self, graph: Graph, kept: Kept) -> tuple[Failure | None, Outputs | None]:
-        """Run the cut model; why its shapes are odd, and its outputs where they can be compared as they are."""
+    def _odd_run(self, graph: Graph, kept: Kept, cut: Cut) -> tuple[Failure | None, Outputs | None, bool]:
+        """Run the cut model.
+
+        Returns:
+            Why its shapes are odd, its outputs where they can be compared as they are, and whether there is no need to.
+        """
         # Numbers are compared in full precision, shapes in that of the training
         exact = self.probe.context is nullcontext and len(comparable(graph, kept)) == len(kept)
-        got, watched = None, outermost(self.probe.module)
-        undo = apply(self.probe.module, plan(self.probe.module, graph, kept))
+        got, proven, watched = None, False, outermost(self.probe.module)
+        undo = apply(self.probe.module, cut)
         try:
-            for training, expected in graph.traces.items():
+            for training, expected in self._runs(graph, kept):
                 trace = ShapeTrace()
                 if training or not exact:
                     self.probe.run(training, within=trace)
                 else:
                     got = outputs(self.probe, watched, within=trace)
                 if found := disagreement(expected, trace, kept_sizes(kept)):
-                    return Failure(found[1], enclosing(found[0].where)), None
+                    return Failure(found[1], enclosing(found[0].where)), None, False
+                proven = proven or (not training and cannot_count(expected, trace))
         finally:
             undo()
-        return None, got
+        return None, got, proven
+
+    def _runs(self, graph: Graph, kept: Kept) -> Iterator[tuple[bool, Sequence[Made]]]:
+        """Which runs to try; a training run that does the same as the evaluation shows nothing new."""
+        evaluation, training = graph.traces[False], graph.traces.get(True)
+        yield False, evaluation
+        dropouts = {path for path, module in self.modules.items() if isinstance(module, _DropoutNd)}
+        if training is not None and not same_way(evaluation, training, kept, dropouts):
+            yield True, training
 
     def following(self, graph: Graph, kept: Kept, failure: Failure) -> Graph | None:
         """The same graph in which the sizes in the Python of a failed module's class follow the cut, in a new reading.
@@ -132,7 +156,8 @@ class _Lessons:
         return groups[fails - 1], failure
 
     def _failure_of(self, graph: Graph, groups: Sequence[Group], kept: Kept) -> Failure | None:
-        return self.failure(graph, {group.axis: kept[group.axis] for group in groups})
+        fewer = {group.axis: kept[group.axis] for group in groups}
+        return self.failure(graph, fewer, plan(self.probe.module, graph, fewer))
 
     def _siblings(self, graph: Graph, groups: list[Group], culprit: Group, path: str) -> Iterator[Group]:
         """The groups at the same place in other modules of the class, if the place has broken the model before."""

@@ -20,7 +20,7 @@ from lightslim.prune.trial import feasible
 from lightslim.prune.widths import TOLERANCE, Rounding, Solution, uniform_widths
 from lightslim.steps import Probe, forward_probe
 from lightslim.strategy import CompressionStrategy, changed_metrics, check_metric
-from lightslim.surgery import Cut, apply, forget_shapes, parameters_after, plan
+from lightslim.surgery import Cut, apply, forget_shapes, parameters_after
 
 RANKINGS = ("layer", "global")
 
@@ -60,12 +60,11 @@ class UniformPruning:
 
     def plan(self, probe: Probe) -> tuple[Cut, PruneReport]:
         """Record the model, choose widths and units, and try the cut; the model is left as it was."""
-        graph, kept, solution = self.tried(probe)
-        cut = plan(probe.module, graph, kept)
+        graph, kept, cut, solution = self.tried(probe)
         return cut, self._report(probe.module, graph, kept, cut, solution)
 
-    def tried(self, probe: Probe) -> tuple[Graph, Kept, Solution]:
-        """The model's recording, with what does not stand the cut frozen, the units to keep and the widths behind."""
+    def tried(self, probe: Probe) -> tuple[Graph, Kept, Cut, Solution]:
+        """The model's recording, with what does not stand the cut frozen, the units to keep, the cut and its widths."""
         found: list[Solution] = []
         known: dict[Axis, Tensor] = {}
         tensors = self.pruner.tensors(probe.module, probe.gradients)
