@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from lightslim.graph import Axis, Graph, Group, Kept, Made, ShapeTrace, disagreement, kept_sizes, leaves, same_way
 from lightslim.prune.neutral import (
@@ -103,7 +103,7 @@ class _Lessons:
         """Which runs to try; a training run that does the same as the evaluation shows nothing new."""
         evaluation, training = graph.traces[False], graph.traces.get(True)
         yield False, evaluation
-        dropouts = {path for path, module in self.modules.items() if isinstance(module, _DropoutNd)}
+        dropouts = {path for path, module in self.modules.items() if _only_noise(module, graph.made_by(path))}
         if training is not None and not same_way(evaluation, training, kept, dropouts):
             yield True, training
 
@@ -168,6 +168,15 @@ class _Lessons:
             there = {leaf for p in paths for leaf, place in _places(graph, p) if (kind, place) in places}
             yield from (group for group in groups if group.axis in there and group is not culprit)
         self.frozen_at |= places
+
+
+_NOISE = {"native_dropout", "bernoulli", "empty", "empty_like", "new_empty", "mul", "div"}
+
+
+def _only_noise(module: nn.Module, run: Sequence[Made]) -> bool:
+    """Whether a module is some dropout: it holds nothing, and multiplies by random numbers when training."""
+    held = chain(module.children(), module.parameters(), module.buffers())
+    return next(held, None) is None and all(made.op.rstrip("_") in _NOISE for made in run)
 
 
 def _running(module: nn.Module, error: BaseException) -> tuple[str, ...]:
