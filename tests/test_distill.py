@@ -238,6 +238,21 @@ def test_a_projection_is_a_matrix_along_its_dimension(seed, dim, into, out):
     assert torch.equal(again.weight, projection.weight)
 
 
+@settings(deadline=None)
+@given(SEEDS, st.sets(st.integers(0, 3)), SIZES, SIZES)
+def test_sections_are_compared_as_if_their_maps_were_projected(seed, which, into, out):
+    distiller = FSPDistiller([("a", "b"), ("c", "d")], [("a", "b"), ("c", "d")], project=True)
+    projections = {i: Projection(1, into, out).double() for i in which}
+    student = [randn(seed + i, 2, into, 3, 4).requires_grad_() for i in range(4)]
+    teacher = [randn(9 + seed + i, 2, out if i in which else into, 5, 2) for i in range(4)]
+    maps = [projections[i](x) if i in which else x for i, x in enumerate(student)]
+    expected = fsp_loss(maps[:2], teacher[:2]) + fsp_loss(maps[2:], teacher[2:])
+    loss = distiller.compare(student, teacher, projections)
+    learnt = [*student, *(projection.weight for projection in projections.values())]
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, learnt), torch.autograd.grad(expected, learnt))
+
+
 def test_a_projection_draws_no_random_number_and_is_the_same_each_time():
     torch.manual_seed(1)
     before = torch.get_rng_state()

@@ -1,14 +1,16 @@
 """The distillers: which maps of student and teacher are compared, and by which loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 from typing_extensions import override
 
-from lightslim.distill.losses import fsp_loss, l2_loss, soft_label_loss
+from lightslim.distill.losses import fsp_matrix, l2_loss, soft_label_loss
+from lightslim.distill.projection import Projection
 from lightslim.errors import CompressionError
 
 Shapes = Sequence[torch.Size]
@@ -78,6 +80,20 @@ class Distiller(nn.Module):
             if differing:
                 needed[index] = (differing[0], one[differing[0]], other[differing[0]])
         return needed
+
+    def compare(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], projections: Mapping[int, Projection]
+    ) -> Tensor:
+        """The loss of maps of which some are projected first; to be overridden where that costs less in another order.
+
+        Args:
+            student: maps of the student, as they are.
+            teacher: maps of the teacher.
+            projections: by the index of the student's map.
+        """
+        maps = [projections[i](x) if i in projections else x for i, x in enumerate(student)]
+        loss: Tensor = self(maps, teacher)
+        return loss
 
     def _mismatch(self, index: int, student: torch.Size, teacher: torch.Size) -> CompressionError:
         cure = "" if self.project else "; project=True trains a linear map where one dimension differs, as channels do"
@@ -150,9 +166,27 @@ class FSPDistiller(Distiller):
     @override
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """The loss of all pairs."""
-        losses = [fsp_loss((student[i], student[i + 1]), (teacher[i], teacher[i + 1]))
-                  for i in range(0, len(student), 2)]  # fmt: skip
+        return self.compare(student, teacher, {})
+
+    @override
+    def compare(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], projections: Mapping[int, Projection]
+    ) -> Tensor:
+        # P0 (F0 F1^T) P1^T is (P0 F0) (P1 F1)^T: a matrix of channels is projected for less than maps of positions
+        losses = [
+            mse_loss(
+                _projected(fsp_matrix(student[i], student[i + 1]), projections.get(i), projections.get(i + 1)),
+                fsp_matrix(teacher[i], teacher[i + 1]).detach(),
+            )
+            for i in range(0, len(student), 2)
+        ]
         return torch.stack(losses).sum()
+
+
+def _projected(matrix: Tensor, rows: Projection | None, columns: Projection | None) -> Tensor:
+    with torch.autocast(matrix.device.type, enabled=False):
+        matrix = matrix if rows is None else rows.weight.to(matrix.dtype) @ matrix
+        return matrix if columns is None else matrix @ columns.weight.to(matrix.dtype).T
 
 
 class L2Distiller(Distiller):

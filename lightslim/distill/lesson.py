@@ -164,12 +164,9 @@ class Lesson:
 
     def loss(self, part: Part, teacher: Sequence[Tensor]) -> Tensor:
         """The weighted loss of one part."""
-        maps = [self._projected(part.key(i), tap.value()) for i, tap in enumerate(part.student)]
-        loss: Tensor = part.distiller(maps, teacher)
-        return part.distiller.distillation_loss_weight * loss
-
-    def _projected(self, key: str, x: Tensor) -> Tensor:
-        return self.projections[key](x) if key in self.projections else x
+        maps = [tap.value() for tap in part.student]
+        projections = {i: self.projections[part.key(i)] for i in range(len(maps)) if part.key(i) in self.projections}
+        return part.distiller.distillation_loss_weight * part.distiller.compare(maps, teacher, projections)
 
     def parameters(self) -> Iterator[Tensor]:
         """What is trained beside the student."""
