@@ -260,24 +260,28 @@ def _call(module: LightningModule, hook: str) -> None:
 
 @dataclass
 class _Total:
-    """A metric on its way through the batches: ``reduce_fx`` says what becomes of its values."""
+    """A metric on its way through the batches: ``reduce_fx`` says what becomes of its values.
 
-    reduce: str = "mean"
-    value: float = 0.0
-    weight: float = 0.0
+    It is added up in the precision in which Lightning does, so that both come to the same to the last bit.
+    """
 
-    def add(self, value: float, weight: float) -> None:
+    reduce: str
+    value: Tensor
+    weight: int = 0
+
+    def add(self, value: Tensor, weight: int) -> None:
         if self.reduce in ("min", "max"):
-            self.value = min(self.value, value) if self.reduce == "min" else max(self.value, value)
+            self.value = torch.minimum(self.value, value) if self.reduce == "min" else torch.maximum(self.value, value)
         else:
-            self.value += value * (weight if self.reduce == "mean" else 1.0)
+            self.value = self.value + (value * weight if self.reduce == "mean" else value)
         self.weight += weight
 
     def over_processes(self, trainer: Trainer) -> float:
-        device = trainer.strategy.root_device
-        pair = torch.tensor([self.value, self.weight], dtype=torch.float32 if device.type == "mps" else torch.float64)
-        joined = trainer.strategy.reduce(pair.to(device), reduce_op="sum" if self.reduce == "mean" else self.reduce)
-        return float(joined[0] / joined[1]) if self.reduce == "mean" else float(joined[0])
+        device, operation = trainer.strategy.root_device, "sum" if self.reduce == "mean" else self.reduce
+        value = trainer.strategy.reduce(self.value.to(device), reduce_op=operation)
+        if self.reduce != "mean":
+            return float(value)
+        return float(value / trainer.strategy.reduce(torch.tensor(self.weight, device=device), reduce_op="sum"))
 
 
 def _aggregate(batches: Iterator[tuple[Log, int]]) -> dict[str, _Total]:
@@ -285,11 +289,17 @@ def _aggregate(batches: Iterator[tuple[Log, int]]) -> dict[str, _Total]:
     for log, size in batches:
         for name, one in log.items():
             if isinstance(one.value, (int, float)) or (isinstance(one.value, Tensor) and one.value.numel()):
-                value = float(torch.as_tensor(one.value).detach().double().mean())
-                reduce = _reduction(one.reduce_fx)
-                total = totals.setdefault(name, _Total(reduce, value if reduce in ("min", "max") else 0.0))
-                total.add(value, one.batch_size or size)
+                value, reduce = _value_of(one.value), _reduction(one.reduce_fx)
+                start = value if reduce in ("min", "max") else torch.zeros_like(value)
+                totals.setdefault(name, _Total(reduce, start)).add(value, one.batch_size or size)
     return totals
+
+
+def _value_of(logged: Any) -> Tensor:
+    """One number of single precision or more."""
+    value = torch.as_tensor(logged).detach()
+    full = value if value.dtype in (torch.float32, torch.float64) else value.to(torch.get_default_dtype())
+    return full if full.ndim == 0 else full.mean()
 
 
 def _reduction(reduce_fx: Any) -> str:
