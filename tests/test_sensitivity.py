@@ -18,6 +18,7 @@ from lightslim.graph import record
 from lightslim.prune import sensitivity
 from lightslim.prune.analysis import Analysis, Measure, masked_units, parameter_names
 from lightslim.prune.samples import Room, Samples
+from lightslim.prune.unitwise import chains
 from lightslim.steps import step_probe
 from lightslim.surgery import plan
 
@@ -246,9 +247,10 @@ def test_memory_is_bounded_and_beyond_it_steps_run_whole():
         analysis = analysis_of(module, data, memory=batches * size / 2**30)
         evaluation = analysis.evaluation
         before = evaluation._room.left + sum(map(_size, evaluation.samples[0].kept))
-        weights = {name: analysis._weights(analysis._cuts(name, [0.5])[0]) for name in analysis.groups}
+        cuts = {name: analysis._cuts(name, [0.5])[0] for name in analysis.groups}
+        weights = {name: analysis._weights(cut) for name, cut in cuts.items()}
         for name in evaluation.order(weights) if evaluation.samples[0].kept else ():
-            evaluation.prepare(weights[name])
+            evaluation.prepare(weights[name], cuts[name], chains(analysis.graph, analysis.groups).get(name))
             held = sum(prefix.bytes for prefix in evaluation._prefixes.values())
             assert held + evaluation._room.left + sum(map(_size, evaluation.samples[0].kept)) == before
             assert evaluation._room.left >= 0

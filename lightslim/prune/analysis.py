@@ -18,6 +18,7 @@ from lightslim.infit import mean_gradients, validation_data
 from lightslim.prune.evaluation import Evaluation
 from lightslim.prune.pruner import StructurePruner
 from lightslim.prune.sensitivity_file import Sensitivities, SensitivityFile, model_fingerprint
+from lightslim.prune.unitwise import chains
 from lightslim.steps import replaced, sample_batch, step_probe
 from lightslim.strategy import check_metric
 from lightslim.surgery import Cut, plan
@@ -183,13 +184,14 @@ class Analysis:
     def _values(self, missing: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, float, float]]:
         """The metric at each missing point; groups come in the order in which a step reads their weights."""
         weights = {name: self._weights(self._cuts(name, missing[name][-1:])[0]) for name in missing}
-        order = self._agreed(self.evaluation.order(weights))
+        order, ways = self._agreed(self.evaluation.order(weights)), chains(self.graph, self.groups)
         if order:
-            self.evaluation.check(weights[order[-1]], self._cuts(order[-1], missing[order[-1]][-1:])[0])
+            last = order[-1]
+            self.evaluation.check(weights[last], self._cuts(last, missing[last][-1:])[0], ways.get(last))
         for name in order:
-            self.evaluation.prepare(weights[name])
-            known: dict[Cut, float] = {}
-            for ratio, cut in zip(missing[name], self._cuts(name, missing[name]), strict=True):
+            cuts, known = self._cuts(name, missing[name]), dict[Cut, float]()
+            self.evaluation.prepare(weights[name], cuts[-1], ways.get(name))
+            for ratio, cut in zip(missing[name], cuts, strict=True):
                 if cut not in known:  # of few units two shares may be the same
                     known[cut] = self.evaluation.masked(cut)[self.measure.metric_name]
                 yield name, ratio, known[cut]

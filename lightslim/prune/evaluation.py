@@ -14,6 +14,7 @@ from lightslim.prune.prefix import NOTHING, Prefix
 from lightslim.prune.replay import Diverged, FastForward, FirstReads, Stop
 from lightslim.prune.samples import Copies, Room, Samples
 from lightslim.prune.sources import Lasting
+from lightslim.prune.unitwise import Chain, Constants
 from lightslim.steps import call_step
 from lightslim.surgery import Cut
 
@@ -44,6 +45,7 @@ class Evaluation:
         self.samples = [Samples(loader, limit, rate, self._room) for loader, limit in zip(loaders, limits, strict=True)]
         self.replaying = memory > 0
         self._prefixes: dict[tuple[int, int], Prefix] = {}
+        self._constants: Constants | None = None
         tensors = (*module.parameters(), *module.buffers()) if self.replaying else ()
         self._lasting = {id(tensor): Lasting.of(tensor) for tensor in tensors}
 
@@ -55,6 +57,7 @@ class Evaluation:
         """The same with zeros where ``cut`` would take units away; see :meth:`prepare`."""
         with zeroed(self.module, cut):
             if self.replaying:
+                self._constants = self._constants and self._constants.under(cut)
                 with contextlib.suppress(Diverged):
                     return evaluate(self.trainer, self.module, loaders=self.samples, call=self._replay)
                 self._give_up("a step began in another way than before")
@@ -76,7 +79,7 @@ class Evaluation:
         end = first.count + 1
         return sorted(masks, key=lambda name: min((first.at.get(a, end) for a in _addresses(masks[name])), default=end))
 
-    def check(self, weights: Sequence[Tensor], cut: Cut) -> None:
+    def check(self, weights: Sequence[Tensor], cut: Cut, chain: Chain | None = None) -> None:
         """Compare one batch with the plain loop, while ``cut``, which touches ``weights``, is masked.
 
         What is not computed is full of NaN meanwhile, so that whoever reads it in secret is found out. ``weights`` had
@@ -85,7 +88,7 @@ class Evaluation:
         if not self.replaying:
             return
         one = self._one_batch()
-        self._note(one, _addresses(weights))
+        self._prepare(one, weights, cut, chain)
         with zeroed(self.module, cut):
             plain = evaluate(self.trainer, self.module, loaders=one)
             try:
@@ -96,30 +99,63 @@ class Evaluation:
         if not self.trainer.strategy.reduce_boolean_decision(repr(got) == repr(plain)):
             self._give_up("it gives other results on a batch of its data")
 
-    def prepare(self, weights: Sequence[Tensor]) -> None:
-        """Compute once what each step does before it reads one of ``weights``, from where the last call ended on."""
-        if self.replaying:
-            self._note([sample.kept for sample in self.samples], _addresses(weights))
+    def prepare(self, weights: Sequence[Tensor], cut: Cut, chain: Chain | None = None) -> None:
+        """Compute once what each step does before it reads one of ``weights``, from where the last call ended on.
 
-    def _note(self, loaders: Sequence[Sequence[Any]], until: set[int]) -> None:
+        Args:
+            weights: what is to be masked.
+            cut: the largest mask there will be.
+            chain: as long as it lasts the step is computed once, too, even if it reads ``weights``.
+        """
+        if self.replaying:
+            self._prepare([sample.kept for sample in self.samples], weights, cut, chain)
+
+    def _prepare(
+        self, loaders: Sequence[Sequence[Any]], weights: Sequence[Tensor], cut: Cut, chain: Chain | None
+    ) -> None:
+        self._constants = self._masked_units(weights, cut, chain) if chain else None
+        chain, until = chain if self._constants else None, _addresses(weights)
+
         def note(step: Any, batch: Any, batch_index: int, loader_index: int) -> None:
             start = self._prefixes.pop((loader_index, batch_index), NOTHING)
             self._room.left += start.bytes
-            start = NOTHING if start.reads(until) else start
-            run = FastForward(start, self._lasting, until, self._room.left)
-            # Diverged: from now on this batch runs whole
-            with contextlib.suppress(Stop, Diverged), run.running():
-                call_step(step, batch, batch_index, loader_index)
-            if run.noted is not None and self._room.take(run.noted.bytes):
-                self._prefixes[loader_index, batch_index] = run.noted
+            noted = self._noted(start, until, self._room.left, (step, batch, batch_index, loader_index), chain)
+            covered = noted is None or self._constants is None or self._constants.cover(noted)
+            if noted is not None and covered and self._room.take(noted.bytes):
+                self._prefixes[loader_index, batch_index] = noted
 
         visit(self.trainer, self.module, loaders, note)
+
+    def _masked_units(self, weights: Sequence[Tensor], cut: Cut, chain: Chain) -> Constants | None:
+        """What masked units are at the end of ``chain``, by one batch."""
+        found: list[Constants | None] = [None]
+        unmasked = _addresses(weights)
+
+        def look(step: Any, batch: Any, batch_index: int, loader_index: int) -> None:
+            start = self._prefixes.get((loader_index, batch_index), NOTHING)
+            start = NOTHING if start.reads(unmasked) else start
+            call = (step, batch, batch_index, loader_index)
+            noted = self._noted(start, _addresses(weights), self._room.left, call, chain)
+            found[0] = Constants.found(chain, cut, noted) if noted else None
+
+        with zeroed(self.module, cut):
+            visit(self.trainer, self.module, self._one_batch(), look)
+        return found[0]
+
+    def _noted(
+        self, start: Prefix, until: set[int], room: int, call: tuple[Any, Any, int, int], chain: Chain | None
+    ) -> Prefix | None:
+        run = FastForward(NOTHING if start.reads(until) else start, self._lasting, until, room, chain=chain)
+        # Diverged: this batch is to run whole
+        with contextlib.suppress(Stop, Diverged), run.running():
+            call_step(*call)
+        return run.noted
 
     def _replay(self, step: Any, batch: Any, batch_index: int, loader_index: int, poisoned: bool = False) -> Any:
         prefix = self._prefixes.get((loader_index, batch_index))
         if prefix is None:
             return call_step(step, batch, batch_index, loader_index)
-        with FastForward(prefix, self._lasting, poisoned=poisoned).running():
+        with FastForward(prefix, self._lasting, poisoned=poisoned, constants=self._constants).running():
             return call_step(step, batch, batch_index, loader_index)
 
     def _poisoned(self, step: Any, batch: Any, batch_index: int, loader_index: int) -> Any:

@@ -11,20 +11,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lightslim.graph import Axis, Graph, Kept, Made, ShapeTrace, leaves
+from lightslim.prune.unitwise import OF_TWO, UNIT_BY_UNIT
 from lightslim.steps import Probe, tensors_in
 from lightslim.surgery import Cut, apply, plan
 
 # Statistics over the units that are left differ from those over zeroed ones, and ought to.
 _NORMS = {"native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm"}
-# Each unit by itself, or weighed: no number in their arguments can stem from how many units there are
-_UNIT_BY_UNIT = frozenset(
-    """
-    convolution mkldnn_convolution cudnn_convolution native_batch_norm cudnn_batch_norm empty addmm mm t view
-    _unsafe_view clone detach alias mean relu hardtanh hardswish hardsigmoid silu gelu sigmoid tanh leaky_relu elu
-    max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d
-    """.split()  # noqa: SIM905
-)
-_OF_TWO = {"add", "sub", "mul", "div"}
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 Outputs = list[tuple[str, Tensor]]
 
@@ -51,7 +43,7 @@ def cannot_count(run: Sequence[Made], cut: ShapeTrace) -> bool:
     ops = [made.op for made in run]
     names = ((op.rstrip("_"), len(made.inputs)) for op, made in zip(ops, run, strict=True))
     return ops == [op for op, _ in cut.seen] and all(
-        name in _UNIT_BY_UNIT or (name in _OF_TWO and operands == 2) for name, operands in names
+        name in UNIT_BY_UNIT or (name in OF_TWO and operands == 2) for name, operands in names
     )
 
 

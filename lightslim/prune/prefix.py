@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from lightslim.prune.sources import Lasting, Source
 
 VIEW, WRITE, NEW = "view", "write", "new"
+Birth = tuple[int, int]
+"""Where memory was made: by which of the operations that return tensors, and as which of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Blank:
             tensor.fill_(_worst(self.dtype))
         return tensor
 
+    def over(self, storage: torch.UntypedStorage) -> Tensor:
+        """A tensor of this shape over memory that exists."""
+        tensor = torch.empty(0, dtype=self.dtype, device=self.device)
+        return tensor.set_(storage, 0, self.shape, self.stride)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -38,6 +46,16 @@ class Call:
     kind: str
     answer: tuple[Any, ...]  # by leaf: a Blank, the position of the argument that is returned, or a plain value
     form: Any
+
+    @property
+    def blanks(self) -> list[Blank]:
+        """The new tensors."""
+        return [item for item in self.answer if isinstance(item, Blank)]
+
+    @property
+    def returns_tensors(self) -> bool:
+        """Whether it returns any."""
+        return self.kind == VIEW or bool(self.answer if self.kind == WRITE else self.blanks)
 
 
 @dataclass(frozen=True)
@@ -59,12 +77,28 @@ class Prefix:
         """The memory that it holds."""
         return sum(s.nbytes() for s in self.contents.values()) + sum(s.bytes for s in self.sources if s)
 
+    @property
+    def ops(self) -> list[str]:
+        """The names of the operations that return tensors."""
+        return [name_of(call.func) for call in self.calls if call.returns_tensors]
+
+    @cached_property
+    def births(self) -> list[tuple[Birth, Blank]]:
+        """Where the memory of each number was made, and how it lies."""
+        making = (call for call in self.calls if call.returns_tensors)
+        return [((i, k), blank) for i, call in enumerate(making) for k, blank in enumerate(call.blanks)]
+
     def reads(self, storages: set[int]) -> bool:
         """Whether it reads one of these storages."""
         return any(isinstance(source, Lasting) and source.storage in storages for source in self.sources)
 
 
 NOTHING = Prefix((), (), {})
+
+
+def name_of(func: Any) -> str:
+    """The name of an operation, without that of its overload."""
+    return str(func.overloadpacket.__name__)
 
 
 def kind_of(func: Any) -> str:

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightslim.prune.prefix import VIEW, WRITE, Blank, Call, Prefix, kind_of, leaves_of, plain
+from lightslim.prune.prefix import VIEW, WRITE, Blank, Call, Prefix, kind_of, leaves_of, name_of, plain
 from lightslim.prune.sources import Lasting, Passing, Source
+from lightslim.prune.unitwise import Chain, Constants
 
 # What reads a tensor's memory without a tensor operation.
 _READERS = frozenset({"numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__array__", "__dlpack__",
@@ -44,6 +45,8 @@ class FastForward(TorchDispatchMode):
             None to run to the end.
         room: bytes that ``noted`` may hold.
         poisoned: fill what is answered without computing with NaN, so that whoever reads it is found out.
+        chain: go on beyond ``until`` while it lasts.
+        constants: what masked units hold at the end of ``prefix``.
 
     Attributes:
         noted: the longer beginning; None if there is none to be had.
@@ -51,7 +54,7 @@ class FastForward(TorchDispatchMode):
 
     def __init__(
         self, prefix: Prefix, lasting: Mapping[int, Lasting], until: set[int] | None = None, room: int = 0,
-        poisoned: bool = False,
+        poisoned: bool = False, chain: Chain | None = None, constants: Constants | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.prefix, self.lasting, self.until, self.room, self.poisoned = prefix, lasting, until, room, poisoned
@@ -59,6 +62,9 @@ class FastForward(TorchDispatchMode):
         self.sources: list[Source | None] = []
         self.noted: Prefix | None = None
         self.diverged = False
+        self.chain, self.constants = chain, constants
+        self._ops = prefix.ops if chain is not None else []
+        self._entered = False
         self._position = 0
         self._busy = self._stopped = False
         self._active = contextlib.ExitStack()
@@ -119,14 +125,19 @@ class FastForward(TorchDispatchMode):
                 storage = leaf.untyped_storage()
                 number = self._waiting.pop(storage._cdata, None)
                 if number is not None:
-                    storage.copy_(self.prefix.contents[number])
+                    self._restore(storage, number)
 
     def _fill_all(self) -> None:
         for number in self._waiting.values():
             storage = torch.UntypedStorage._new_with_weak_ptr(self._made[number].cdata)
             if storage is not None:
-                storage.copy_(self.prefix.contents[number])
+                self._restore(storage, number)
         self._waiting.clear()
+
+    def _restore(self, storage: torch.UntypedStorage, number: int) -> None:
+        storage.copy_(self.prefix.contents[number])
+        if self.constants is not None:
+            self.constants.put(storage, *self.prefix.births[number])
 
     def _diverge(self) -> None:
         self.diverged = True
@@ -215,21 +226,33 @@ class FastForward(TorchDispatchMode):
             self._stopped = True
             raise Stop
         self.calls.append(Call(func, given, kind, answer, form))
+        if self.chain is not None and self.calls[-1].returns_tensors:
+            self._ops.append(name_of(func))
         if kind == VIEW:
             self._adopt(out)
         return out
 
     def _ends_here(self, func: Any, args: Any, leaves: Iterable[Any]) -> bool:
-        """Whether the operation reads a masked weight, or leaves other traces than its result."""
+        """Whether the operation mixes masked units, or leaves other traces than its result."""
         storages = [leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)]
         named = list(zip(func._schema.arguments, args, strict=False))
         return bool(
             func.namespace != "aten"
             or {torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view} & set(func.tags)
-            or not (self.until or set()).isdisjoint(storages)
+            or self._mixes(func, storages)
             or any(argument.name in ("train", "training") and value is True for argument, value in named)
             or (kind_of(func) == WRITE and not self._writes_own(named, leaves))
         )
+
+    def _mixes(self, func: Any, storages: Iterable[int]) -> bool:
+        """Whether the operation reads a masked weight, unless it is known to keep the units apart."""
+        masked = not (self.until or set()).isdisjoint(storages)
+        self._entered |= masked
+        if self.chain is None or not self._entered:
+            return masked
+        at = len(self._ops)
+        known = [*self._ops, name_of(func)] == list(self.chain.ops[: at + 1])
+        return not known or (masked and at not in self.chain.touching)
 
     def _writes_own(self, named: Iterable[tuple[Any, Any]], leaves: Iterable[Any]) -> bool:
         """Whether only tensors that the step has made itself are written; those given by name could be any."""

@@ -1,0 +1,144 @@
+"""How far the units of a layer stay apart: up to the first operation that mixes them, masked ones need no computing."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightslim.graph import Axis, Graph, Group, Made, leaves
+from lightslim.prune.prefix import Birth, Blank, Prefix
+from lightslim.prune.sources import equal
+from lightslim.surgery import Cut
+
+# Each unit by itself, or weighed: no number in their arguments can stem from how many units there are
+UNIT_BY_UNIT = frozenset(
+    """
+    convolution mkldnn_convolution cudnn_convolution native_batch_norm cudnn_batch_norm empty addmm mm t view
+    _unsafe_view clone detach alias mean relu hardtanh hardswish hardsigmoid silu gelu sigmoid tanh leaky_relu elu
+    max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d
+    """.split()  # noqa: SIM905
+)
+OF_TWO = frozenset({"add", "sub", "mul", "div"})
+_POSITION_OF_INPUT = {"addmm": 1}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A step up to where the units of a group are first mixed.
+
+    Attributes:
+        ops: its operations that return tensors.
+        touching: the positions of those that handle the units.
+        dims: by operation and output, the dimension that the units are.
+        slot: a parameter, and the dimension of it that the units are.
+    """
+
+    ops: tuple[str, ...]
+    touching: frozenset[int]
+    dims: Mapping[Birth, int]
+    slot: tuple[str, int]
+
+
+def chains(graph: Graph, groups: Mapping[str, Group]) -> dict[str, Chain]:
+    """The chain of each group that has one, by its name."""
+    run, where = graph.traces[False], _places(graph.traces[False])
+    found = {name: _chain(run, group, where.get(group.axis, [])) for name, group in groups.items()}
+    return {name: chain for name, chain in found.items() if chain is not None}
+
+
+def _places(run: Iterable[Made]) -> dict[Axis, list[int]]:
+    """The operations that handle each leaf."""
+    places: dict[Axis, list[int]] = {}
+    for i, made in enumerate(run):
+        for leaf in {leaf for axis in made.touched for leaf in leaves(axis)}:
+            places.setdefault(leaf, []).append(i)
+    return places
+
+
+def _chain(run: Sequence[Made], group: Group, places: Iterable[int]) -> Chain | None:
+    touching: list[int] = []
+    dims: dict[Birth, int] = {}
+    for i in places:
+        if not _keeps_apart(run[i], group.axis):
+            break
+        touching.append(i)
+        dims |= {(i, k): found[0] for k, axes in enumerate(run[i].outputs) if (found := _dims(axes, group.axis))}
+    slot = next(((s.tensor, s.dim) for s in group.weights if leaves(s.axis) == [group.axis]), None)
+    if not touching or slot is None:
+        return None
+    return Chain(tuple(made.op for made in run[: touching[-1] + 1]), frozenset(touching), dims, slot)
+
+
+def _keeps_apart(made: Made, leaf: Axis) -> bool:
+    """Whether an operation makes each unit of its result of the same unit of what it gets, and of nothing else."""
+    op, tensors = made.op.rstrip("_"), (*made.inputs, *made.outputs)
+    plain = all(leaves(axis) == [leaf] for axes in tensors for axis in axes if leaf in leaves(axis))
+    once = all(len(_dims(axes, leaf)) < 2 for axes in tensors)
+    if op not in UNIT_BY_UNIT | OF_TWO or not plain or not once or not _dims(made.outputs[0], leaf):
+        return False
+    if "convolution" in op or op in ("mm", "addmm"):
+        given = made.inputs[_POSITION_OF_INPUT.get(op, 0)]
+        depthwise = "convolution" in op and made.inputs[1][1].size == 1
+        return depthwise or not _dims(given, leaf)
+    return True
+
+
+def _dims(axes: Sequence[Axis], leaf: Axis) -> list[int]:
+    return [dim for dim, axis in enumerate(axes) if leaf in leaves(axis)]
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What masked units are at the end of their chain: of zero weights, so the same everywhere and for every batch.
+
+    Attributes:
+        chain: where they were made.
+        values: by operation and output, one number per unit.
+        gone: the units that are masked.
+    """
+
+    chain: Chain
+    values: Mapping[Birth, Tensor]
+    gone: Tensor
+
+    @classmethod
+    def found(cls, chain: Chain, cut: Cut, prefix: Prefix) -> "Constants | None":
+        """Those in ``prefix``, noted while ``cut`` was masked; None if some unit is not the same everywhere."""
+        gone, values = _gone(chain, cut), {}
+        for number in prefix.contents:
+            birth, blank = prefix.births[number]
+            if birth in chain.dims:
+                rows = blank.over(prefix.contents[number]).movedim(chain.dims[birth], 0).flatten(1)
+                masked = rows[gone]
+                if not equal(masked, masked[:, :1].expand_as(masked).contiguous()):
+                    return None
+                values[birth] = rows[:, 0].clone()
+        return cls(chain, values, gone)
+
+    def under(self, cut: Cut) -> "Constants":
+        """The same for a cut that masks some of these units."""
+        return replace(self, gone=_gone(self.chain, cut))
+
+    def cover(self, prefix: Prefix) -> bool:
+        """Whether all that holds units at the end of ``prefix`` is known, and finite: 0 times infinity is not 0."""
+        for number, storage in prefix.contents.items():
+            birth, blank = prefix.births[number]
+            unknown = birth in self.chain.dims and birth not in self.values
+            if unknown or not bool(torch.isfinite(blank.over(storage).sum())):
+                return False
+        return True
+
+    def put(self, storage: torch.UntypedStorage, birth: Birth, blank: Blank) -> None:
+        """Give the masked units in ``storage`` their values."""
+        if birth not in self.values:
+            return
+        dim, content = self.chain.dims[birth], blank.over(storage)
+        values = self.values[birth][self.gone].reshape([-1 if d == dim else 1 for d in range(content.ndim)])
+        shape = [len(self.gone) if d == dim else size for d, size in enumerate(content.shape)]
+        content.index_copy_(dim, self.gone, values.expand(shape))
+
+
+def _gone(chain: Chain, cut: Cut) -> Tensor:
+    gone = (set(range(item.size)) - set(item.kept) for item in cut.slices if (item.tensor, item.dim) == chain.slot)
+    return torch.tensor(sorted(next(gone, ())), dtype=torch.int64)  # a small share of few units may be none
