@@ -178,7 +178,8 @@ class Compressor:
             return self._run(resume, resuming)
 
     def _run(self, resume: str | PathLike[str] | None, resuming: bool) -> CompressionResult:
-        recipe, started, measurement = self._recipe, time.time(), Measurement()
+        recipe, started = self._recipe, time.time()
+        measurement = Measurement(unfinished=resuming and not (self.folder / rundir.RESULT).exists())
         strategies = recipe.strategies()
         self._check_teachers(strategies)
         checkpoint = self._checkpoint(resume)

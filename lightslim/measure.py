@@ -15,12 +15,16 @@ class Measurement(Callback):
 
     It must come before the strategies in the Trainer's list. What it measured travels in checkpoints.
 
+    Args:
+        unfinished: the run may have been stopped between its last step and its end, which is made up for then.
+
     Attributes:
         before: {"metrics": {name: value}, "flops": per sample, "params": count, "bytes": of parameters and buffers}.
         after: the same at the end of training.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unfinished: bool = False) -> None:
+        self.unfinished = unfinished
         self.before: dict[str, Any] = {}
         self.after: dict[str, Any] = {}
 
@@ -34,6 +38,13 @@ class Measurement(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.after = _measured(trainer, pl_module)
         self.before = self.before or self.after  # training ended before any strategy began
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning skips what surrounds the training loop, too, where no epoch is left
+        if self.unfinished and self.before and not self.after:
+            trainer.fit_loop.on_run_start()
+            trainer.fit_loop.on_run_end()
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -316,6 +316,15 @@ def test_an_existing_run_is_not_overwritten(recipe, capsys):
     assert Path("a/result.json").read_bytes() == result
 
 
+@pytest.mark.filterwarnings("ignore:`Trainer.fit` stopped")
+def test_a_run_that_was_stopped_after_its_last_step_is_finished(recipe):
+    assert main(["run", str(recipe), "--out", "a"]) == 0
+    whole = json.loads(Path("a/result.json").read_text())
+    Path("a/result.json").unlink()
+    assert main(["run", str(recipe), "--out", "a", "--resume", "auto"]) == 0
+    assert {**json.loads(Path("a/result.json").read_text()), "seconds": whole["seconds"]} == whole
+
+
 SLOW = """
 import time
 from tiny import TinyModule
