@@ -92,6 +92,8 @@ def _dims(axes: Sequence[Axis], leaf: Axis) -> list[int]:
 class Constants:
     """What masked units are at the end of their chain: of zero weights, so the same everywhere and for every batch.
 
+    Provided that the step computes with finite numbers: zero times infinity is not zero.
+
     Attributes:
         chain: where they were made.
         values: by operation and output, one number per unit.
@@ -121,13 +123,9 @@ class Constants:
         return replace(self, gone=_gone(self.chain, cut))
 
     def cover(self, prefix: Prefix) -> bool:
-        """Whether all that holds units at the end of ``prefix`` is known, and finite: 0 times infinity is not 0."""
-        for number, storage in prefix.contents.items():
-            birth, blank = prefix.births[number]
-            unknown = birth in self.chain.dims and birth not in self.values
-            if unknown or not bool(torch.isfinite(blank.over(storage).sum())):
-                return False
-        return True
+        """Whether all that holds units at the end of ``prefix`` is known."""
+        births = (prefix.births[number][0] for number in prefix.contents)
+        return all(birth in self.values for birth in births if birth in self.chain.dims)
 
     def put(self, storage: torch.UntypedStorage, birth: Birth, blank: Blank) -> None:
         """Give the masked units in ``storage`` their values."""

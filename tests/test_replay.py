@@ -1,0 +1,226 @@
+"""What an analysis of sensitivity computes once changes no bit."""
+
+import copy
+
+import pytest
+import torch
+from analyses import Chain, Wrapped, analysis_of, conv, loader
+from nets import randomize
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightslim.prune.unitwise import chains
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*val_dataloader.*")
+
+
+class InPlace(nn.Module):
+    """Adds into its input, rectifies in place, and uses the old names of what was overwritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b, self.head = conv(3, 8), conv(8, 8), conv(8, 8), nn.Linear(8, 2)
+        self.norm, self.act = nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        identity = self.act(self.norm(self.stem(x)))
+        for layer in (self.a, self.b):
+            out = layer(identity)
+            out += identity
+            identity = self.act(out)
+            identity.flatten(2).mul_(0.5)
+        return self.head(identity.flatten(2).mean(2))
+
+
+class Separable(nn.Module):
+    """Between two 1x1 convolutions each unit goes its own way, to where a gate asks for all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.depthwise = conv(3, 8), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.gate, self.mix, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.depthwise(self.norm(self.stem(x)).sigmoid())
+        x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+        return self.head(self.mix(x).relu().mean((2, 3)))
+
+
+class Placed(nn.Module):
+    """What is added is no weight and differs from place to place, so masked units are not the same everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 8), conv(8, 8), conv(8, 2)
+        self.register_buffer("places", torch.linspace(-1, 1, 8).expand(1, 8, 8).clone())
+
+    def forward(self, x):
+        return self.c((self.b((self.a(x) + self.places).relu()) + self.places).relu())
+
+
+class Square(nn.Module):
+    """A residual stream, in which layers of as many inputs as outputs mix what they give to."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b, self.head = conv(3, 8), conv(8, 8), conv(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.a(x)
+        return self.head((x + self.b(x.relu())).mean((2, 3)))
+
+
+class Twice(nn.Module):
+    """The same layer is called twice, before and after another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.shared, self.other, self.head = conv(3, 8), conv(8, 8), conv(8, 8), conv(8, 2)
+
+    def forward(self, x):
+        x = self.shared(self.stem(x)).relu()
+        return self.head(self.shared(self.other(x).relu()).relu())
+
+
+class Branching(nn.Module):
+    """Which way it goes depends on the values."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.up, self.down, self.mid, self.head = conv(3, 8), conv(8, 8), conv(8, 8), conv(8, 8), conv(8, 2)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = self.up(x) if x.mean() > 0.3 else self.down(x)
+        x = self.mid(x.relu())
+        return self.head(x) if x.max() > 0.5 else self.head(x.relu()) * 2
+
+
+class Remembering(nn.Module):
+    """What it does to a batch depends on the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 8), conv(8, 8), conv(8, 2)
+        self.last = None
+
+    def forward(self, x):
+        x = self.a(x) if self.last is None else self.a(x) + self.last.mean()
+        x = self.b(x.relu())
+        self.last = self.c(x.relu())
+        return self.last
+
+
+class Counting(nn.Module):
+    """Every third call is another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 8), conv(8, 8), conv(8, 2)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.a(x * 2 if self.calls % 3 == 0 else x).relu()
+        return self.c(self.b(x).relu())
+
+
+class Secret(torch.autograd.Function):
+    """Reads memory behind torch's back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        with torch._C.DisableTorchFunction():
+            return x * float(x.numpy().sum() > 0)
+
+
+ODD = {
+    "nothing": lambda net, x: x,
+    "numpy": lambda net, x: x * float(x.numpy().mean()),
+    "from numpy": lambda net, x: x + torch.from_numpy(x.numpy() * 2),
+    "tolist": lambda net, x: x * sum(x.flatten().tolist()),
+    "item": lambda net, x: x * x.mean().item(),
+    "random": lambda net, x: x + torch.rand_like(x),
+    "views kept": lambda net, x: x[:, :4].repeat(1, 2, 1, 1) + x.transpose(2, 3),
+    "constant": lambda net, x: x * torch.tensor([1.0, 2.0] * 4).view(1, 8, 1, 1),
+    "weights again": lambda net, x: x + net.a.weight.data.mean(),
+    "no grad needed": lambda net, x: x.detach().clone().add_(1),
+    "out": lambda net, x: torch.add(x, 1, out=torch.empty_like(x)),
+    "choice": lambda net, x: x[:, torch.nonzero(x.sum((0, 2, 3)) > -1).flatten()] * 2,
+    "sum of parts": lambda net, x: sum(x.chunk(2, 1)).repeat(1, 2, 1, 1),
+}
+NETS = {
+    "in place": InPlace,
+    "separable": Separable,
+    "placed": Placed,
+    "square": Square,
+    "called twice": Twice,
+    "counting": Counting,
+    "branching": Branching,
+    **{name: lambda between=between: Chain(between) for name, between in ODD.items()},
+}
+UNPROVABLE = {"remembering": Remembering, "secret": lambda: Chain(lambda net, x: Secret.apply(x))}
+
+
+@pytest.mark.parametrize("kind", [*NETS, *UNPROVABLE])
+def test_what_is_computed_once_changes_no_bit(kind):
+    module, data = Wrapped(randomize({**NETS, **UNPROVABLE}[kind]())), loader(40)
+    once, plain = analysis_of(module, data), analysis_of(module, data)
+    plain.evaluation.replaying = False
+    state = copy.deepcopy(module.state_dict())
+    assert plain.run()[0] == once.run()[0]
+    assert once.evaluation.replaying == (kind in NETS), "only what cannot be proved is computed whole"
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+    assert not module.training or module.net.training
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "convolution" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_units_are_not_computed_again_before_they_are_mixed():
+    """Of each of the four layers but the last, the next one's inputs are known for all three shares."""
+    net = nn.Sequential(*(nn.Sequential(conv(3 if not i else 8, 8), nn.BatchNorm2d(8), nn.ReLU()) for i in range(4)))
+    net.append(nn.Conv2d(8, 2, 1))
+    counts = {}
+    for known in (True, False):
+        analysis = analysis_of(Wrapped(randomize(net)), loader(64, 16))
+        analysis.evaluation.replaying = known
+        with Convolutions() as mode:
+            analysis.run()
+        counts[known] = mode.count
+    batches, shares, layers = 4, 3, 5
+    assert counts[False] == batches * layers * (1 + 4 * shares)
+    rest = batches * shares * (4 + 3 + 2 + 1)  # what comes after the masked layer
+    assert counts[True] <= batches * layers + rest + batches * layers + 30  # all once, and the trial of one batch
+
+
+def test_memory_is_bounded_and_beyond_it_steps_run_whole():
+    module, data = Wrapped(randomize(Chain(ODD["nothing"]))), loader(64)
+    size = 16 * (3 * 64 + 1) * 4 + 16 * 4  # a batch, its labels being longer
+    most = 0
+    for batches in (0, 1.5, 30):
+        analysis = analysis_of(module, data, memory=batches * size / 2**30)
+        evaluation = analysis.evaluation
+        before = evaluation._room.left + sum(map(_size, evaluation.samples[0].kept))
+        cuts = {name: analysis._cuts(name, [0.5])[0] for name in analysis.groups}
+        weights = {name: analysis._weights(cut) for name, cut in cuts.items()}
+        for name in evaluation.order(weights) if evaluation.samples[0].kept else ():
+            evaluation.prepare(weights[name], cuts[name], chains(analysis.graph, analysis.groups).get(name))
+            held = sum(prefix.bytes for prefix in evaluation._prefixes.values())
+            assert held + evaluation._room.left + sum(map(_size, evaluation.samples[0].kept)) == before
+            assert evaluation._room.left >= 0
+            most = max(most, held)
+        assert analysis.run()[0] == analysis_of(module, data, memory=0).run()[0]
+    assert most > 0
+
+
+def _size(batch):
+    return sum(tensor.numel() * tensor.element_size() for tensor in batch)
