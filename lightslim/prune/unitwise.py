@@ -134,7 +134,7 @@ class Constants:
         dim, content = self.chain.dims[birth], blank.over(storage)
         values = self.values[birth][self.gone].reshape([-1 if d == dim else 1 for d in range(content.ndim)])
         shape = [len(self.gone) if d == dim else size for d, size in enumerate(content.shape)]
-        content.index_copy_(dim, self.gone, values.expand(shape))
+        content.index_copy_(dim, self.gone.to(content.device), values.expand(shape))
 
 
 def _gone(chain: Chain, cut: Cut) -> Tensor:
