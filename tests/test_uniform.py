@@ -214,6 +214,21 @@ def test_units_that_the_code_counts_or_scales_over_stay(kind):
     torch.testing.assert_close(outputs(net, x), outputs(masked(original, cuts_of(net)[-1]), x), rtol=1e-9, atol=1e-9)
 
 
+def test_noise_of_a_fixed_width_is_tried_in_training():
+    class ChannelNoise(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.channels = channels
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.empty(1, self.channels, 1, 1).bernoulli_(0.9) if self.training else x
+
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), ChannelNoise(16), nn.Conv2d(16, 4, 3))
+    prune(net, torch.rand(2, 3, 9, 9), 0.5)
+    assert net[1].channels == net[0].out_channels == 8
+    assert net.train()(torch.rand(2, 3, 9, 9)).shape == (2, 4, 5, 5)
+
+
 @pytest.mark.filterwarnings("ignore:asked to remove")
 def test_a_loss_network_is_left_alone():
     class WithCritic(nn.Module):

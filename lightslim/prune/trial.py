@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import chain
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from lightslim.graph import Axis, Graph, Group, Kept, Made, ShapeTrace, disagreement, kept_sizes, leaves, same_way
 from lightslim.prune.neutral import (
@@ -103,7 +104,7 @@ class _Lessons:
         """Which runs to try; a training run that does the same as the evaluation shows nothing new."""
         evaluation, training = graph.traces[False], graph.traces.get(True)
         yield False, evaluation
-        dropouts = {path for path, module in self.modules.items() if _only_noise(module, graph.made_by(path))}
+        dropouts = {path for path, module in self.modules.items() if _only_noise(module, graph.made_by(path), kept)}
         if training is not None and not same_way(evaluation, training, kept, dropouts):
             yield True, training
 
@@ -173,10 +174,16 @@ class _Lessons:
 _NOISE = {"native_dropout", "bernoulli", "empty", "empty_like", "new_empty", "mul", "div"}
 
 
-def _only_noise(module: nn.Module, run: Sequence[Made]) -> bool:
-    """Whether a module is some dropout: it holds nothing, and multiplies by random numbers when training."""
+def _only_noise(module: nn.Module, run: Sequence[Made], kept: Kept) -> bool:
+    """Whether a module is some dropout: it holds nothing, and multiplies by random numbers when training.
+
+    Numbers for each of the units may be as many as its code says; torch's own makes as many as there are.
+    """
     held = chain(module.children(), module.parameters(), module.buffers())
-    return next(held, None) is None and all(made.op.rstrip("_") in _NOISE for made in run)
+    if next(held, None) is not None or not all(made.op.rstrip("_") in _NOISE for made in run):
+        return False
+    made = (axis for one in run if one.op in ("empty", "new_empty") for axis in one.touched)
+    return isinstance(module, _DropoutNd) or not any(leaf in kept for axis in made for leaf in leaves(axis))
 
 
 def _running(module: nn.Module, error: BaseException) -> tuple[str, ...]:
