@@ -64,7 +64,7 @@ class FastForward(TorchDispatchMode):
         self.diverged = False
         self.chain, self.constants = chain, constants
         self._ops = prefix.ops if chain is not None else []
-        self._entered = False
+        self._entered = self._aligned = False
         self._position = 0
         self._busy = self._stopped = False
         self._active = contextlib.ExitStack()
@@ -247,11 +247,13 @@ class FastForward(TorchDispatchMode):
     def _mixes(self, func: Any, storages: Iterable[int]) -> bool:
         """Whether the operation reads a masked weight, unless it is known to keep the units apart."""
         masked = not (self.until or set()).isdisjoint(storages)
-        self._entered |= masked
-        if self.chain is None or not self._entered:
-            return masked
         at = len(self._ops)
-        known = [*self._ops, name_of(func)] == list(self.chain.ops[: at + 1])
+        if masked and not self._entered:
+            self._entered = True
+            self._aligned = self.chain is not None and self._ops == list(self.chain.ops[:at])
+        if self.chain is None or not self._aligned or not self._entered:
+            return masked
+        known = at < len(self.chain.ops) and self.chain.ops[at] == name_of(func)
         return not known or (masked and at not in self.chain.touching)
 
     def _writes_own(self, named: Iterable[tuple[Any, Any]], leaves: Iterable[Any]) -> bool:
