@@ -48,10 +48,11 @@ def trained(**settings):
     return net
 
 
+@pytest.mark.parametrize("outputs", [(), ("stem", "body.3")])
 @pytest.mark.parametrize("rule", ["abs_max", "channel_wise_abs_max"])
 @pytest.mark.parametrize("inputs", ["abs_max", "moving_average_abs_max", "moving_average_min_max"])
-def test_an_int8_model_computes_what_the_frozen_one_does(rule, inputs):
-    net = trained(weight_quantize_type=rule, activation_quantize_type=inputs)
+def test_an_int8_model_computes_what_the_frozen_one_does(rule, inputs, outputs):
+    net = trained(weight_quantize_type=rule, activation_quantize_type=inputs, outputs=outputs)
     small, before = to_int8(net), copy.deepcopy(net.state_dict())
     assert torch.equal(small(X), freeze(net)(X))
     assert torch.equal(small(X), net.eval()(X))
@@ -69,15 +70,16 @@ def test_an_int8_model_reads_its_own_state_dict():
     assert torch.equal(fresh(X), small(X))
 
 
+@pytest.mark.parametrize("outputs", [(), ("stem", "body.3")])
 @pytest.mark.parametrize("inputs", ["moving_average_abs_max", "moving_average_min_max", "range_abs_max"])
-def test_a_mobile_model_differs_by_rounding_edges_only(inputs):
-    net = trained(activation_quantize_type=inputs)
+def test_a_mobile_model_differs_by_rounding_edges_only(inputs, outputs):
+    net = trained(activation_quantize_type=inputs, outputs=outputs)
     expected, actual = net.eval()(X), for_mobile(net)(X)
     assert (actual - expected).norm() < 1e-2 * expected.norm()
     exported = torch.export.export(for_mobile(net), (X,))
     names = [str(node.target) for node in exported.graph.nodes]
     assert any("quantized_decomposed.dequantize_per_channel" in name for name in names)
-    assert any("quantized_decomposed.quantize_per_tensor" in name for name in names)
+    assert sum("quantized_decomposed.quantize_per_tensor" in name for name in names) == 5 + len(outputs)
     torch.testing.assert_close(exported.module()(X), actual)
 
 
@@ -94,6 +96,11 @@ def test_codes_of_layers_are_those_they_compute_with():
         (to_int8, {"overrides": {"stem*": {"weight_bits": 9}}}, r"weight of stem\.0 has 9 bits"),
         (for_mobile, {"overrides": {"stem*": {"activation_bits": 9}}}, r"input of stem\.0 has 9 bits"),
         (for_mobile, {"activation_quantize_type": "abs_max"}, "the tensor at hand"),
+        (
+            for_mobile,
+            {"overrides": {"*": {"activation_bits": 8}}, "activation_bits": 9, "outputs": ["body"]},
+            r"output of body\.3 has 9 bits",
+        ),
     ],
 )
 def test_what_cannot_be_converted_is_named_and_untouched(convert, settings, message):

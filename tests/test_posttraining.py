@@ -73,18 +73,26 @@ def test_accuracy_is_kept_on_a_trained_net(tmp_path):
     assert accuracy(module.net) > 0.9
 
 
+class Divide(nn.Module):
+    def forward(self, x):
+        return x / 0
+
+
 def test_layers_that_nothing_reaches_stay_in_float_and_are_named():
     class Partial(nn.Module):
         def __init__(self):
             super().__init__()
             self.used, self.never, self.zeros = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.relu, self.spare = nn.ReLU(), nn.ReLU()
 
         def forward(self, x):
-            return self.used(x) + self.zeros(0 * x)
+            return self.relu(self.used(x)) + self.zeros(0 * x)
 
-    with pytest.warns(UserWarning, match="never, zeros: no batch"):
-        small = quantize(Partial(), torch.randn(2, 8, 4).unbind())
-    assert [name for name, _ in quantizers(small)] == ["used.weight_quantizer", "used.input_quantizer"]
+    with pytest.warns(UserWarning, match="never, zeros, spare: no batch"):
+        small = quantize(Partial(), torch.randn(2, 8, 4).unbind(), outputs=["relu", "spare", "zeros"])
+    assert [name for name, _ in quantizers(small)] == [
+        "used.weight_quantizer", "used.input_quantizer", "relu.output_quantizer"
+    ]  # fmt: skip
     small(torch.randn(8, 4))
 
 
@@ -94,6 +102,7 @@ def test_layers_that_nothing_reaches_stay_in_float_and_are_named():
         (nn.Linear(4, 4), [], {}, "gave no batch"),
         (nn.Linear(4, 4), [torch.full((2, 4), torch.nan)], {}, "the input of the model holds nan"),
         (nn.Sequential(nn.Linear(4, 4)), [torch.full((2, 4), torch.inf)], {}, "the input of 0 holds inf"),
+        (nn.Sequential(nn.Linear(4, 4), Divide()), [torch.ones(2, 4)], {"outputs": ["1"]}, "the output of 1 holds inf"),
         (nn.Sequential(nn.ReLU()), [torch.ones(2, 4)], {}, "nothing to quantize"),
         (nn.Sequential(nn.Linear(4, 4)), [torch.ones(2, 4)], {"activation_quantize_type": "entropi"}, "'entropy'"),
         (nn.Sequential(nn.Linear(4, 4)), [torch.ones(2, 4)], {"activation_range": {"percentil": 9}}, "'percentil'"),

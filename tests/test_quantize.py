@@ -72,6 +72,28 @@ def test_float_checkpoints_load_and_plain_names_stay():
     torch.testing.assert_close(other.eval()(X), net.eval()(X), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["stem.1", "stem", "body.3", "body"])  # some end in a quantized layer
+def test_outputs_are_on_the_grid_of_their_range(name):
+    net = randomize(TinyNet())
+    plain = copy.deepcopy(net)
+    transform(net, outputs=[name], activation_bits=4)
+    seen = {}
+    net.get_submodule(name).register_forward_hook(lambda *call: seen.update(output=call[-1]))
+    net(X)
+    net.eval()(X).sum().backward()
+    (quantizer,) = [quantizer for each, quantizer in quantizers(net) if each.endswith("output_quantizer")]
+    step = quantizer.rule.amax / 7
+    codes = seen["output"] / step
+    torch.testing.assert_close(codes, codes.round().clamp(-7, 7), rtol=0, atol=1e-5)
+    assert codes.unique().numel() > 4
+    assert net.stem[0]._parameters["weight"].grad.abs().sum() > 0
+    frozen = freeze(net)
+    torch.testing.assert_close(frozen(X), net(X), rtol=0, atol=0)
+    untransform(net)
+    assert repr(net) == repr(plain.eval())
+    assert set(net.state_dict()) == set(plain.state_dict())
+
+
 def test_untransform_leaves_no_trace():
     net = randomize(TinyNet()).eval()
     before, said = net(X), repr(net)
@@ -99,10 +121,13 @@ def test_layers_can_be_skipped_and_set_apart():
         ({"skip": ["nothing"]}, "skip: 'nothing' matches none"),
         ({"skip": ["*"]}, "nothing to quantize"),
         ({"overrides": {"head*": {"weight_bit": 4}}}, "did you mean 'weight_bits'"),
+        ({"outputs": ["empty"]}, "outputs: empty is a Sequential: name the module in it"),
+        ({"outputs": ["stem.9"]}, "outputs: 'stem.9' matches none"),
     ],
 )
 def test_bad_settings_leave_the_model_alone(arguments, message):
     net = TinyNet()
+    net.empty = nn.Sequential()
     said = repr(net)
     with pytest.raises(CompressionError, match=message):
         transform(net, **arguments)

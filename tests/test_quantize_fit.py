@@ -57,7 +57,7 @@ def test_training_goes_on_and_checkpoints_stay_plain(tmp_path, optimizer, argume
 def test_resume_goes_on_with_the_learned_ranges(tmp_path):
     def fit(checkpoint=None):
         pl.seed_everything(0)
-        module, strategy = TinyModule("adam"), quantized()
+        module, strategy = TinyModule("adam"), quantized(outputs=["net.stem", "net.body.3"])
         module.net.head[2].p = 0.0
         saver = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
         data = torch.utils.data.DataLoader(loaders()[0].dataset, batch_size=16)
@@ -66,6 +66,7 @@ def test_resume_goes_on_with_the_learned_ranges(tmp_path):
         return module, strategy
 
     whole, ranges = fit()
+    assert {"net.stem.2.output_quantizer", "net.body.3.output_quantizer"} < ranges.ranges().keys()
     resumed, same = fit(tmp_path / "epoch=1.ckpt")
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, resumed.get_parameter(name)), name
@@ -198,6 +199,20 @@ class Zeroed(TinyNet):
         nn.init.constant_(self.body[3].weight, value)
 
 
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+class Spare(TinyNet):
+    def __init__(self, called=False):
+        super().__init__()
+        self.spare, self.called = Pair(), called
+
+    def forward(self, x):
+        return super().forward(self.spare(x)[0] if self.called else x)
+
+
 @pytest.mark.parametrize(
     ("arguments", "net", "message"),
     [
@@ -212,6 +227,9 @@ class Zeroed(TinyNet):
         ({"activation_range": {"rate": 1.5}}, TinyNet, "rate is 1.5"),
         ({"skip": ["*"]}, TinyNet, "nothing to quantize"),
         ({"metric_name": "val_ac"}, TinyNet, "did you mean 'val_acc'"),
+        ({"outputs": ["net.bdy"]}, TinyNet, "outputs: 'net.bdy' matches none of .* nearest: net.body"),
+        ({"outputs": ["net.spare"]}, Spare, "outputs: the step never calls net.spare"),
+        ({"outputs": ["net.spare"]}, lambda: Spare(called=True), "outputs: net.spare gives a tuple"),
     ],
 )
 def test_what_cannot_work_fails_before_the_first_step(tmp_path, arguments, net, message):

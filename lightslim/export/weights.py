@@ -14,8 +14,8 @@ from lightslim.export.exporter import Exporter, Run
 from lightslim.export.program import flat
 from lightslim.kernels.codes import grid_of
 from lightslim.loading import read_checkpoint, restore
-from lightslim.quantize.integers import input_quantizer, weight_codes, weight_quantizer
-from lightslim.quantize.transform import FakeQuantize, quantized_layers, untransform
+from lightslim.quantize.integers import input_quantizer, output_quantizer, weight_codes, weight_quantizer
+from lightslim.quantize.transform import FakeQuantize, quantized_layers, quantized_outputs, untransform
 from lightslim.surgery import CHECKPOINT_KEY, structure
 
 
@@ -23,7 +23,7 @@ def write_weights(model: nn.Module, example_inputs: tuple[Tensor, ...], path: Pa
     """The float model: its weights rounded to the grid where it is quantized, under their plain names.
 
     ``load_compressed`` opens it, whatever was cut off on the way. ``quantization`` holds, layer by layer, the bits and
-    the distance between two codes of the weight and of the input.
+    the distance between two codes of the weight and of the input (and of the output, where that is quantized).
 
     Example:
         >>> import tempfile
@@ -36,6 +36,8 @@ def write_weights(model: nn.Module, example_inputs: tuple[Tensor, ...], path: Pa
         True
     """
     numbers = {name: _numbers(layer) for name, layer in quantized_layers(model).items()}
+    for name, module in quantized_outputs(model).items():
+        numbers.setdefault(name, {}).update(_grid("output", output_quantizer(module)))
     record = structure(model)
     weights = untransform(model, rounded=True).state_dict()
     content = {
@@ -55,17 +57,17 @@ def _numbers(layer: nn.Module) -> dict[str, Any]:
         "weight_bits": weight_quantizer(layer).bits,
         "weight_step": codes.step,
         "weight_axis": codes.axis,
-        **_input_numbers(input_quantizer(layer)),
+        **_grid("input", input_quantizer(layer)),
     }
 
 
-def _input_numbers(quantizer: FakeQuantize) -> dict[str, Any]:
+def _grid(end: str, quantizer: FakeQuantize) -> dict[str, Any]:
     if quantizer.rule.exact:
-        return {"input_bits": quantizer.bits, "input_step": None, "input_zero": None}
+        return {f"{end}_bits": quantizer.bits, f"{end}_step": None, f"{end}_zero": None}
     bounds = quantizer.rule.eval()(torch.empty(0))
     grid = grid_of(bounds.amax, bounds.amin, quantizer.bits)
     zero = 0 if bounds.amin is None else -int(grid.low)
-    return {"input_bits": quantizer.bits, "input_step": grid.step.item(), "input_zero": zero}
+    return {f"{end}_bits": quantizer.bits, f"{end}_step": grid.step.item(), f"{end}_zero": zero}
 
 
 def _plain(value: Any) -> bool:

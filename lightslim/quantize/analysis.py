@@ -1,20 +1,22 @@
 """Where the accuracy goes: how much of each layer's signal its quantization keeps."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightslim.quantize.layers import INPUT, WEIGHT
-from lightslim.quantize.transform import FakeQuantize, quantized_layers
+from lightslim.errors import CompressionError
+from lightslim.quantize.layers import INPUT, OUTPUT, WEIGHT
+from lightslim.quantize.transform import FakeQuantize, quantized_layers, quantized_modules
 from lightslim.steps import Probe
 
 
 def signal_to_noise(model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
     """The ratio of signal to quantization noise of each quantized layer, in decibels, the worst layer first.
 
-    Noise is the difference between a tensor and its quantized self; that of a layer's weight and its input add up:
+    Noise is the difference between a tensor and its quantized self; that of a layer's weight and its input (and its
+    output, where that is quantized) add up:
     ``-10 log10(N_w / S_w + N_x / S_x)`` with sums of squares ``N`` and ``S``. Each bit is worth about 6 dB.
 
     Args:
@@ -41,21 +43,20 @@ def signal_to_noise(model: nn.Module, run: Callable[[], Any]) -> dict[str, float
         kept[0] += float((exact - signal).square().sum())
         kept[1] += float(exact.square().sum())
 
-    layers = quantized_layers(model)
-    pairs = {name: _both(layer) for name, layer in layers.items()}
-    handles = [quantizer.register_forward_hook(add) for pair in pairs.values() for quantizer in pair]
+    found = {name: _quantizers(module) for name, module in quantized_modules(model).items()}
+    handles = [quantizer.register_forward_hook(add) for each in found.values() for quantizer in each]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    ratios = {n: sum(_noise(*sums[q]) for q in pair) for n, pair in pairs.items() if all(q in sums for q in pair)}
+    ratios = {n: sum(_noise(*sums[q]) for q in each) for n, each in found.items() if all(q in sums for q in each)}
     return {n: _decibels(ratio) for n, ratio in sorted(ratios.items(), key=lambda item: -item[1])}
 
 
-def _both(layer: nn.Module) -> tuple[FakeQuantize, FakeQuantize]:
-    """The quantizers of a layer's weight and of its input."""
-    return getattr(layer, WEIGHT), getattr(layer, INPUT)
+def _quantizers(module: nn.Module) -> list[FakeQuantize]:
+    """Those of a module's weight, its input and its output, as far as there are."""
+    return [getattr(module, role) for role in (WEIGHT, INPUT, OUTPUT) if role in module._modules]
 
 
 def _noise(noise: float, signal: float) -> float:
@@ -78,3 +79,23 @@ def unreached(probe: Probe, module: nn.Module) -> list[str]:
         for handle in handles:
             handle.remove()
     return [name for name in layers if name not in called]
+
+
+def check_outputs(probe: Probe, module: nn.Module, outputs: Collection[str]) -> None:
+    """Raise unless one step gets a tensor of floats from each of the modules called ``outputs``."""
+    given: dict[str, Any] = {}
+    handles = [
+        module.get_submodule(name).register_forward_hook(lambda *call, name=name: given.update({name: call[-1]}))
+        for name in outputs
+    ]
+    try:
+        probe.run()
+        probe.run(training=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in outputs:
+        if name not in given:
+            raise CompressionError(f"outputs: the step never calls {name}")
+        if not (isinstance(given[name], Tensor) and given[name].is_floating_point()):
+            raise CompressionError(f"outputs: {name} gives a {type(given[name]).__name__}, not one tensor of floats")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightslim.errors import CompressionError
 from lightslim.kernels.codes import Codes, encode, grid_of
-from lightslim.quantize.layers import DECODER, INPUT, WEIGHT, CodedWeight, QuantizedInput, swap
-from lightslim.quantize.transform import FakeQuantize, quantized_layers
+from lightslim.quantize.layers import DECODER, INPUT, OUTPUT, WEIGHT, CodedWeight, QuantizedWeight, mixins_of, swap
+from lightslim.quantize.transform import FakeQuantize, quantized_layers, quantized_outputs
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,6 +54,13 @@ def input_quantizer(layer: nn.Module) -> FakeQuantize:
     return quantizer
 
 
+def output_quantizer(module: nn.Module) -> FakeQuantize:
+    """What rounds the output of a module."""
+    quantizer = getattr(module, OUTPUT)
+    assert isinstance(quantizer, FakeQuantize)
+    return quantizer
+
+
 def to_int8(model: M) -> M:
     """A copy that stores its weights as int8 codes with their scales and computes what the frozen model computes.
 
@@ -76,7 +83,7 @@ def to_int8(model: M) -> M:
         >>> small.state_dict()["0.weight"].dtype, torch.equal(small(x), net.eval()(x))
         (torch.int8, True)
     """
-    return _converted(model, Decode, lambda quantizer, name: quantizer)
+    return _converted(model, Decode, lambda quantizer, tensor: quantizer)
 
 
 def for_mobile(model: M) -> M:
@@ -100,7 +107,7 @@ def for_mobile(model: M) -> M:
     # Importing it registers the operators
     import torch.ao.quantization.fx._decomposed  # noqa: F401
 
-    return _converted(model, DecodeForMobile, _mobile_input)
+    return _converted(model, DecodeForMobile, _mobile)
 
 
 class Decode(nn.Module):
@@ -157,12 +164,12 @@ class Requantize(nn.Module):
         return operators.dequantize_per_tensor(codes, *self.grid)  # type: ignore[no-any-return]
 
 
-def _mobile_input(quantizer: FakeQuantize, name: str) -> nn.Module:
+def _mobile(quantizer: FakeQuantize, tensor: str) -> nn.Module:
     if quantizer.bits > 8:
-        raise CompressionError(f"the input of {name} has {quantizer.bits} bits: mobile runtimes take up to 8")
+        raise CompressionError(f"{tensor} has {quantizer.bits} bits: mobile runtimes take up to 8")
     if quantizer.rule.exact:
         raise CompressionError(
-            f"the input of {name} has the range of the tensor at hand (abs_max): train or calibrate with one that is "
+            f"{tensor} has the range of the tensor at hand (abs_max): train or calibrate with one that is "
             "learned, such as moving_average_abs_max"
         )
     bounds = quantizer.rule.eval()(torch.empty(0))
@@ -173,7 +180,7 @@ def _mobile_input(quantizer: FakeQuantize, name: str) -> nn.Module:
     return Requantize(grid.step.item(), -low, 0, high - low, torch.uint8)
 
 
-def _converted(model: M, decode: type[Decode], convert_input: Callable[[FakeQuantize, str], nn.Module]) -> M:
+def _converted(model: M, decode: type[Decode], convert: Callable[[FakeQuantize, str], nn.Module]) -> M:
     if not quantized_layers(model):
         raise CompressionError("there is nothing to convert: transform the model first")
     model = copy.deepcopy(model).eval()
@@ -181,16 +188,19 @@ def _converted(model: M, decode: type[Decode], convert_input: Callable[[FakeQuan
         bits = weight_quantizer(layer).bits
         if bits > 8:
             raise CompressionError(f"the weight of {name} has {bits} bits: int8 holds up to 8")
-        setattr(layer, INPUT, convert_input(input_quantizer(layer), name))
+        setattr(layer, INPUT, convert(input_quantizer(layer), f"the input of {name}"))
         _store_codes(layer, decode)
+    for name, module in quantized_outputs(model).items():
+        setattr(module, OUTPUT, convert(output_quantizer(module), f"the output of {name}"))
     return model
 
 
 def _store_codes(layer: Any, decode: type[Decode]) -> None:
     codes = weight_codes(layer)
+    mixins = [CodedWeight if mixin is QuantizedWeight else mixin for mixin in mixins_of(layer)]
     swap(layer)
     for name in ("weight", WEIGHT):
         delattr(layer, name)
     layer.register_buffer("weight", codes.values)
     setattr(layer, DECODER, decode(codes))
-    swap(layer, QuantizedInput, CodedWeight)
+    swap(layer, *mixins)

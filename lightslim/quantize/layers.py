@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-WEIGHT, INPUT, DECODER = "weight_quantizer", "input_quantizer", "weight_decoder"
+WEIGHT, INPUT, OUTPUT, DECODER = "weight_quantizer", "input_quantizer", "output_quantizer", "weight_decoder"
 
 
 class Mixin(nn.Module):
@@ -30,6 +30,15 @@ class QuantizedInput(Mixin):
         """As the layer's own."""
         quantizer: Any = self.input_quantizer
         return super().forward(quantizer(input), *rest, **options)
+
+
+class QuantizedOutput(Mixin):
+    """What ``forward`` returns goes through ``output_quantizer``; of any module that returns one tensor."""
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """As the module's own."""
+        quantizer: Any = self.output_quantizer
+        return quantizer(super().forward(*inputs, **options))
 
 
 class QuantizedWeight(Mixin):
@@ -65,6 +74,11 @@ def swap(layer: nn.Module, *mixins: Any) -> None:
     """
     kind: Any = getattr(type(layer), "plain", type(layer))
     layer.__class__ = extended(kind, mixins) if mixins else kind
+
+
+def mixins_of(layer: nn.Module) -> tuple[type[Mixin], ...]:
+    """What the class of ``layer`` is extended by."""
+    return getattr(type(layer), "mixins", ())
 
 
 @functools.cache

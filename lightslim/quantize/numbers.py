@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightslim.quantize.layers import INPUT, WEIGHT
-from lightslim.quantize.transform import FakeQuantize, quantized_layers
+from lightslim.quantize.layers import INPUT, OUTPUT, WEIGHT
+from lightslim.quantize.transform import FakeQuantize, quantized_layers, quantized_outputs
 
 
 def numbers(quantizer: FakeQuantize) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def _kept(quantizer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
 
 
 def trained(module: nn.Module, idle: Collection[str] = ()) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """The parameters of the ranges in ``module``, each with the weight of its layer.
+    """The parameters of the ranges in ``module``, each with the weight of its layer, or of some layer for outputs.
 
     Args:
         module: quantized.
@@ -52,6 +52,9 @@ def trained(module: nn.Module, idle: Collection[str] = ()) -> Iterator[tuple[nn.
                     parameter.requires_grad_(False)
                 else:
                     yield parameter, layer._parameters["weight"]  # type: ignore[misc]
+    for end in quantized_outputs(module).values():
+        for parameter in getattr(end, OUTPUT).parameters():
+            yield parameter, layer._parameters["weight"]  # type: ignore[misc]
 
 
 def in_steps(layer: Any) -> Tensor:

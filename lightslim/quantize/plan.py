@@ -92,6 +92,29 @@ def plan_layers(
     return plan
 
 
+def plan_outputs(model: nn.Module, common: Settings, outputs: Sequence[str]) -> dict[str, Settings]:
+    """Which modules have their outputs quantized, and how; see ``transform`` for the arguments and errors."""
+    modules = {name: child for name, child in model.named_modules() if name}
+    names = [_last(name, modules) for pattern in outputs for name in select(pattern, modules, "outputs")]
+    for name in names:
+        if isinstance(modules[name], Mixin):
+            raise CompressionError(f"{name} is quantized already")
+    return dict.fromkeys(names, common)
+
+
+def _last(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The module that gives the output of the one called ``name``: of a Sequential, its last.
+
+    A quantizer must not become a child of what runs its children one by one.
+    """
+    module = modules[name]
+    if type(module).forward is nn.Sequential.forward and len(module._modules):
+        return _last(f"{name}.{next(reversed(module._modules))}", modules)
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        raise CompressionError(f"outputs: {name} is a {type(module).__name__}: name the module in it that comes last")
+    return name
+
+
 def _changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     unknown = next((key for key in changes if key not in vars(settings)), None)
     if unknown is not None:

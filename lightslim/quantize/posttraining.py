@@ -13,8 +13,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightslim.errors import CompressionError
-from lightslim.quantize.layers import INPUT
-from lightslim.quantize.transform import FakeQuantize, detach, quantized_layers, quantizers, transform, watching
+from lightslim.quantize.layers import WEIGHT
+from lightslim.quantize.transform import FakeQuantize, detach, quantizers, transform, watching
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -33,6 +33,7 @@ def quantize(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     weight_range: Mapping[str, Any] | None = None,
     activation_range: Mapping[str, Any] | None = None,
+    outputs: Sequence[str] = (),
 ) -> M:
     """A quantized copy of a trained model, its input ranges chosen on batches of real data; no training, no labels.
 
@@ -53,6 +54,7 @@ def quantize(
         overrides: see :func:`transform`.
         weight_range: see :func:`transform`.
         activation_range: see :func:`transform`, as in ``{"percentile": 99.9}``.
+        outputs: see :func:`transform`.
 
     Returns:
         A copy of ``model`` in evaluation mode. Layers that no batch reached, or only with zeros, stay in float, which a
@@ -70,9 +72,9 @@ def quantize(
     """
     quantized = copy.deepcopy(model).eval()
     transform(quantized, weight_bits, activation_bits, weight_quantize_type, activation_quantize_type, skip, overrides,
-              weight_range, activation_range)  # fmt: skip
+              weight_range, activation_range, outputs)  # fmt: skip
     calibrate(quantized, lambda: _run_all(quantized, itertools.islice(loader, batches), forward or _call))
-    blind = [name for name, layer in quantized_layers(quantized).items() if not _has_seen(getattr(layer, INPUT))]
+    blind = list(dict.fromkeys(name for name, _, quantizer in _activations(quantized) if not _has_seen(quantizer)))
     for name in blind:
         detach(quantized.get_submodule(name))
     if blind:
@@ -122,14 +124,22 @@ def _finite_inputs(model: nn.Module) -> Iterator[None]:
     def check(name: str, inputs: Any) -> None:
         peak = float(inputs[0].abs().max()) if inputs[0].numel() else 0.0
         if not math.isfinite(peak):
-            raise CompressionError(f"the input of {name or 'the model'} holds {peak}: its range cannot be chosen")
+            raise CompressionError(f"{name} holds {peak}: its range cannot be chosen")
 
     with contextlib.ExitStack() as stack:
-        for name, layer in quantized_layers(model).items():
-            quantizer = getattr(layer, INPUT)
-            hook = quantizer.register_forward_pre_hook(lambda _, inputs, name=name: check(name, inputs))
+        for name, end, quantizer in _activations(model):
+            of = f"the {end} of {name or 'the model'}"
+            hook = quantizer.register_forward_pre_hook(lambda _, inputs, of=of: check(of, inputs))
             stack.callback(hook.remove)
         yield
+
+
+def _activations(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:
+    """The quantizers of inputs and outputs: a module's name, which end of it, and the quantizer."""
+    for name, quantizer in quantizers(model):
+        module, _, role = name.rpartition(".")
+        if role != WEIGHT:
+            yield module, role.removesuffix("_quantizer"), quantizer
 
 
 def _has_seen(quantizer: FakeQuantize) -> bool:

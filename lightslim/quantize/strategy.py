@@ -13,9 +13,9 @@ from typing_extensions import override
 from lightslim import deploy
 from lightslim.errors import CompressionError
 from lightslim.infit import averaged_copies, evaluate, logged_names, probe_of, train_beside
-from lightslim.quantize.analysis import signal_to_noise, unreached
+from lightslim.quantize.analysis import check_outputs, signal_to_noise, unreached
 from lightslim.quantize.numbers import fill, in_steps, numbers, trained, unsaved
-from lightslim.quantize.plan import Settings, check_nodes, check_weights, plan_layers
+from lightslim.quantize.plan import Settings, check_nodes, check_weights, plan_layers, plan_outputs
 from lightslim.quantize.posttraining import calibrate
 from lightslim.quantize.ranges import Range
 from lightslim.quantize.transform import FakeQuantize, attach, quantized_layers, quantizers, untransform, watching
@@ -49,6 +49,7 @@ class QuantizationStrategy(CompressionStrategy):
         weight_range: arguments of the weights' range.
         activation_range: arguments of the inputs' range, as ``{"rate": 0.99}``.
         calibration_batches: validation batches that the ranges see before the first step.
+        outputs: patterns of names of modules whose outputs are quantized too: those that an addition reads.
         metric_name: a metric that the module logs, shown before and after.
         name: tells strategies of one class apart.
 
@@ -82,6 +83,7 @@ class QuantizationStrategy(CompressionStrategy):
         weight_range: Mapping[str, Any] | None = None,
         activation_range: Mapping[str, Any] | None = None,
         calibration_batches: int = 8,
+        outputs: Sequence[str] = (),
         metric_name: str | None = None,
         name: str | None = None,
     ) -> None:
@@ -100,6 +102,7 @@ class QuantizationStrategy(CompressionStrategy):
         self.save_in_nodes, self.save_out_nodes = save_in_nodes, save_out_nodes
         self.export_options = dict(export_options or {})
         self.calibration_batches = calibration_batches
+        self.outputs = tuple(outputs)
         self.metric_name = metric_name
         self._quantizers: dict[str, FakeQuantize] = {}
         self._layers: Mapping[str, nn.Module] = {}
@@ -123,7 +126,7 @@ class QuantizationStrategy(CompressionStrategy):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and any(True for _ in pl_module.parameters()):
-            self._check_calibration(plan_layers(pl_module, self.settings, self.skip, self.overrides))
+            self._check_calibration(self._plans(pl_module)[0])
             check_nodes(pl_module, self.save_in_nodes, "save_in_nodes")
             check_nodes(pl_module, self.save_out_nodes, "save_out_nodes")
             for format_, options in self._formats().items():
@@ -154,6 +157,11 @@ class QuantizationStrategy(CompressionStrategy):
         )
         return {f"weights_in_steps/{name}": in_steps(self._layers[name]) for name in list(noise)[:4]
                 if name in self._layers}  # fmt: skip
+
+    def _plans(self, module: nn.Module) -> tuple[dict[str, Settings], dict[str, Settings]]:
+        """How the layers of ``module`` are quantized, and the outputs."""
+        layers = plan_layers(module, self.settings, self.skip, self.overrides)
+        return layers, plan_outputs(module, self.settings, self.outputs)
 
     def _formats(self) -> dict[str, dict[str, Any]]:
         """The formats asked for, each with its options; only those that hold a program can be cut."""
@@ -196,7 +204,7 @@ class QuantizationStrategy(CompressionStrategy):
         Averaging callbacks pair the tensors of their copies with the module's by position: they get the same.
         """
         for each in (module, *averaged_copies(trainer)):
-            attach(each, plan_layers(each, self.settings, self.skip, self.overrides))
+            attach(each, *self._plans(each))
             for name, quantizer in quantizers(each):
                 fill(quantizer, self._ranges.get(name, {}))
                 unsaved(quantizer)
@@ -210,20 +218,23 @@ class QuantizationStrategy(CompressionStrategy):
     @override
     def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> str:
         check_metric(self.metric_name, logged_names(trainer, pl_module, probe_of(trainer, pl_module)))
-        layers = plan_layers(pl_module, self.settings, self.skip, self.overrides)
+        layers, outputs = self._plans(pl_module)
+        check_outputs(probe_of(trainer, pl_module), pl_module, outputs)
         # What starts later may have learned by then
         check_weights(pl_module, layers, zeros_allowed=self.start_epoch > 0)
         if not evaluate(trainer, pl_module, limit=1):
             self._check_calibration(layers, batches=0)
         if self.save_paths:
-            trial = attach(copy.deepcopy(pl_module), layers).eval()
+            trial = attach(copy.deepcopy(pl_module), layers, outputs).eval()
             trial._trainer = trainer
             inputs = deploy.forward_inputs(trainer, trial)
             calibrate(trial, forward_probe(trial, inputs).evaluate)
             deploy.rehearse(trainer, trial, inputs, self._formats(), list(self.save_paths.values()))
         rows = [(name, str(s.weight_bits), s.weight_quantize_type, str(s.activation_bits), s.activation_quantize_type)
                 for name, s in layers.items()]  # fmt: skip
-        return f"{len(rows)} layers\n" + table(("layer", "weight bits", "range", "input bits", "range"), rows)
+        rows += [(f"{name}, its output", "", "", str(s.activation_bits), s.activation_quantize_type)
+                 for name, s in outputs.items()]  # fmt: skip
+        return f"{len(layers)} layers\n" + table(("layer", "weight bits", "range", "bits of values", "range"), rows)
 
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

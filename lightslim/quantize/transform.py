@@ -9,8 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from lightslim.kernels import fake_quant_and_peak
-from lightslim.quantize.layers import INPUT, WEIGHT, QuantizedInput, QuantizedWeight, swap
-from lightslim.quantize.plan import Settings, check_weights, plan_layers, quantizable
+from lightslim.quantize.layers import (
+    INPUT,
+    OUTPUT,
+    WEIGHT,
+    QuantizedInput,
+    QuantizedOutput,
+    QuantizedWeight,
+    mixins_of,
+    swap,
+)
+from lightslim.quantize.plan import Settings, check_weights, plan_layers, plan_outputs, quantizable
 from lightslim.quantize.ranges import Range
 from lightslim.quantize.together import Together
 
@@ -71,6 +80,7 @@ def transform(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     weight_range: Mapping[str, Any] | None = None,
     activation_range: Mapping[str, Any] | None = None,
+    outputs: Sequence[str] = (),
 ) -> M:
     """Quantize, in training and evaluation alike, the weight and the input of every convolution and linear layer.
 
@@ -88,6 +98,9 @@ def transform(
         overrides: pattern of layer names to the settings that differ there, as ``{"head": {"weight_bits": 16}}``.
         weight_range: arguments of the weights' range.
         activation_range: arguments of the inputs' range, as ``{"rate": 0.99}``.
+        outputs: patterns of the names of modules, of any kind, whose outputs are quantized too, with the inputs' range:
+            those that an addition reads. Without, a layer before an addition has to give floats, and ONNX Runtime and
+            OpenVINO have faster kernels for one that gives integers.
 
     Returns:
         ``model`` itself.
@@ -113,17 +126,21 @@ def transform(
         activation_range or {},
     )
     plan = plan_layers(model, common, skip, overrides or {})
+    ends = plan_outputs(model, common, outputs)
     check_weights(model, plan)
-    return attach(model, plan)
+    return attach(model, plan, ends)
 
 
-def attach(model: M, plan: Mapping[str, Settings]) -> M:
-    """Put fake quantization into the layers that ``plan`` names, in place."""
+def attach(model: M, plan: Mapping[str, Settings], outputs: Mapping[str, Settings]) -> M:
+    """Put fake quantization into the layers that ``plan`` names and behind the modules of ``outputs``, in place."""
     layers = quantizable(model)
     together = Together()
     pairs = {name: _quantizers(layers[name], settings, together) for name, settings in plan.items()}
+    ends = {name: FakeQuantize(settings.activation_rule()) for name, settings in outputs.items()}
     for name, (weight, inputs) in pairs.items():
         _attach(layers[name], weight, inputs)
+    for name, quantizer in ends.items():
+        _attach_output(model.get_submodule(name), quantizer)
     return model
 
 
@@ -139,6 +156,12 @@ def _attach(layer: nn.Module, weight: FakeQuantize, inputs: FakeQuantize) -> Non
     swap(layer, QuantizedInput, QuantizedWeight)
 
 
+def _attach_output(module: nn.Module, quantizer: FakeQuantize) -> None:
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    setattr(module, OUTPUT, quantizer.to(device).train(module.training))
+    swap(module, QuantizedOutput, *mixins_of(module))
+
+
 def quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
     """Every fake quantizer in ``model``, with its name."""
     for name, child in model.named_modules():
@@ -149,6 +172,16 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that :func:`transform` has quantized, by name."""
     return {name: child for name, child in model.named_modules() if isinstance(child, QuantizedWeight)}
+
+
+def quantized_outputs(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose outputs :func:`transform` has quantized, by name."""
+    return {name: child for name, child in model.named_modules() if isinstance(child, QuantizedOutput)}
+
+
+def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All of both, by name."""
+    return {**quantized_layers(model), **quantized_outputs(model)}
 
 
 @contextlib.contextmanager
@@ -168,18 +201,18 @@ def untransform(model: M, rounded: bool = False) -> M:
         model: a transformed module.
         rounded: whether weights keep the values on the grid; else they are the full-precision ones.
     """
-    for layer in quantized_layers(model).values():
+    for layer in quantized_modules(model).values():
         detach(layer, rounded)
     return model
 
 
 def detach(layer: Any, rounded: bool = False) -> None:
-    """Take fake quantization out of one layer; see :func:`untransform`."""
-    weight = layer.weight.detach()
+    """Take fake quantization out of one module; see :func:`untransform`."""
+    weight = layer.weight.detach() if rounded and WEIGHT in layer._modules else None
     swap(layer)
-    if rounded:
+    if weight is not None:
         layer.weight.data = weight
-    for name in (WEIGHT, INPUT):
+    for name in {WEIGHT, INPUT, OUTPUT} & layer._modules.keys():
         delattr(layer, name)
 
 
@@ -199,7 +232,7 @@ def freeze(model: M) -> M:
     layers: Iterable[Any] = quantized_layers(frozen).values()
     for layer in layers:
         weight = layer.weight.detach()
-        swap(layer, QuantizedInput)
+        swap(layer, *(mixin for mixin in mixins_of(layer) if mixin is not QuantizedWeight))
         layer.weight.data = weight
         delattr(layer, WEIGHT)
     return frozen

@@ -16,10 +16,10 @@ MOVES_PAST = ("MaxPool", "Reshape", "Transpose", "Flatten")
 
 
 def marks(graph: ir.Graph, role: str) -> Iterator[tuple[ir.Node, str]]:
-    """The marks of one role and the names of their layers, in the graph's order."""
+    """The marks of one role and the names of their tensors, in the graph's order."""
     for node in list(graph):
         if node.domain == DOMAIN and node.op_type == role:
-            yield node, node.attributes["layer"].as_string()
+            yield node, node.attributes["tensor"].as_string()
 
 
 def only_consumer(value: ir.Value) -> ir.Node | None:

@@ -1,6 +1,6 @@
 """Marks where a traced graph is quantized, and the numbers that belong there.
 
-A mark is one node of a domain of our own, with the layer's name: the tracer passes it on as it is, whatever the layer
+A mark is one node of a domain of our own, with a tensor's name: the tracer passes it on as it is, whatever the layer
 is called by (several times, not at all, its weight alone), and the graph is rewritten where the marks are.
 """
 
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from lightslim.errors import CompressionError
 from lightslim.kernels.codes import Codes, grid_of
 from lightslim.kernels.grid import levels
-from lightslim.quantize.integers import input_quantizer, weight_codes, weight_quantizer
-from lightslim.quantize.layers import INPUT, WEIGHT
-from lightslim.quantize.transform import FakeQuantize, quantized_layers
+from lightslim.quantize.integers import input_quantizer, output_quantizer, weight_codes, weight_quantizer
+from lightslim.quantize.layers import INPUT, OUTPUT, WEIGHT
+from lightslim.quantize.transform import FakeQuantize, quantized_layers, quantized_outputs
 
 DOMAIN = "lightslim"
-OF_WEIGHT, OF_INPUT = "Weight", "Input"
+OF_WEIGHT, OF_VALUE = "Weight", "Value"
 
 
-class InputGrid(NamedTuple):
-    """How an input is rounded: ``round(clamp(x * inverse, low, high)) * step``.
+class ValueGrid(NamedTuple):
+    """How an input or output is rounded: ``round(clamp(x * inverse, low, high)) * step``.
 
     Attributes:
         levels: the largest code of a symmetric grid, the number of steps of an affine one.
@@ -48,29 +48,29 @@ class InputGrid(NamedTuple):
 
 @dataclass
 class Marked:
-    """The numbers of all layers, by name."""
+    """The numbers of all weights, by the name of their layer, and of all values, as ``conv1.input``."""
 
     weights: dict[str, Codes] = field(default_factory=dict)
-    inputs: dict[str, InputGrid] = field(default_factory=dict)
+    values: dict[str, ValueGrid] = field(default_factory=dict)
 
 
 class Mark(nn.Module):
     """Stands in for a fake quantizer while a model is traced.
 
     Args:
-        role: ``Weight`` or ``Input``.
-        layer: its name.
+        role: ``Weight`` or ``Value``.
+        tensor: its name.
     """
 
-    def __init__(self, role: str, layer: str) -> None:
+    def __init__(self, role: str, tensor: str) -> None:
         super().__init__()
-        self.role, self.layer = role, layer
+        self.role, self.tensor = role, tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """A tensor like ``x``; its values mean nothing."""
         symbolic: Any = torch.onnx.ops.symbolic
         marked: Tensor = symbolic(
-            f"{DOMAIN}::{self.role}", (x,), {"layer": self.layer}, dtype=x.dtype, shape=x.shape, version=1
+            f"{DOMAIN}::{self.role}", (x,), {"tensor": self.tensor}, dtype=x.dtype, shape=x.shape, version=1
         )
         return marked
 
@@ -84,16 +84,19 @@ def mark(model: nn.Module) -> Marked:
     Example:
         >>> from lightslim.quantize import transform
         >>> found = mark(transform(nn.Sequential(nn.Linear(4, 3)), weight_bits=4))
-        >>> found.weights["0"].values.dtype, found.inputs["0"].levels
+        >>> found.weights["0"].values.dtype, found.values["0.input"].levels
         (torch.int8, 127)
     """
     marked = Marked()
     for name, layer in quantized_layers(model).items():
         marked.weights[name] = _weight(name, layer)
-        marked.inputs[name] = input_grid(input_quantizer(layer))
+        marked.values[f"{name}.input"] = value_grid(input_quantizer(layer))
     for name, layer in quantized_layers(model).items():
         setattr(layer, WEIGHT, Mark(OF_WEIGHT, name))
-        setattr(layer, INPUT, Mark(OF_INPUT, name))
+        setattr(layer, INPUT, Mark(OF_VALUE, f"{name}.input"))
+    for name, module in quantized_outputs(model).items():
+        marked.values[f"{name}.output"] = value_grid(output_quantizer(module))
+        setattr(module, OUTPUT, Mark(OF_VALUE, f"{name}.output"))
     return marked
 
 
@@ -107,13 +110,13 @@ def _weight(name: str, layer: nn.Module) -> Codes:
     return codes
 
 
-def input_grid(quantizer: FakeQuantize) -> InputGrid:
+def value_grid(quantizer: FakeQuantize) -> ValueGrid:
     """The grid that a quantizer has learned."""
     if quantizer.rule.exact:
         count = levels(quantizer.bits, affine=False)
-        return InputGrid(count, False, None, None, -count, count)
+        return ValueGrid(count, False, None, None, -count, count)
     bounds = quantizer.rule.eval()(torch.empty(0))
     affine = bounds.amin is not None
     grid = grid_of(bounds.amax.float(), bounds.amin, quantizer.bits)
     low, high = int(grid.low), int(grid.high)
-    return InputGrid(levels(quantizer.bits, affine), affine, float(grid.inverse), float(grid.step), low, high)
+    return ValueGrid(levels(quantizer.bits, affine), affine, float(grid.inverse), float(grid.step), low, high)

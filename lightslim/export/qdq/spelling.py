@@ -6,12 +6,12 @@ import numpy as np
 
 from lightslim.errors import CompressionError
 from lightslim.export.qdq.bounds import Interval
-from lightslim.export.qdq.marks import InputGrid
+from lightslim.export.qdq.marks import ValueGrid
 from lightslim.export.qdq.presets import Encoding
 
 
 class Spelling(NamedTuple):
-    """A grid of inputs as a runtime's integers.
+    """A grid of values as a runtime's integers.
 
     Attributes:
         step: the distance between two codes.
@@ -55,21 +55,21 @@ class Spelling(NamedTuple):
         return np.int8 if self.signed else np.uint8
 
 
-def spelled(grid: InputGrid, positive: bool, encoding: Encoding, layer: str) -> Spelling:
-    """The integers for an input.
+def spelled(grid: ValueGrid, positive: bool, encoding: Encoding, tensor: str) -> Spelling:
+    """The integers for a value.
 
     Args:
         grid: one that fits eight bits.
         positive: whether no value is below zero.
         encoding: what the target wants.
-        layer: named in the error.
+        tensor: named in the error, as ``conv1.input``.
 
     Raises:
         CompressionError: the target has no affine inputs.
     """
     if grid.affine and not encoding.moves_zero:
         raise CompressionError(
-            f"the input of {layer} has an affine range, which this deploy preset does not take: train with a symmetric "
+            f"{tensor} has an affine range, which this deploy preset does not take: train with a symmetric "
             "one, as moving_average_abs_max"
         )
     smallest = -128 if encoding.signed else 0

@@ -14,10 +14,10 @@ from lightslim.export.qdq.graph import (
     only_consumer,
     replace,
 )
-from lightslim.export.qdq.inputs import Wanted
 from lightslim.export.qdq.marks import OF_WEIGHT
 from lightslim.export.qdq.presets import Encoding
 from lightslim.export.qdq.spelling import Spelling
+from lightslim.export.qdq.values import Wanted
 from lightslim.export.qdq.whole import is_rounded, spelling_of
 from lightslim.kernels.codes import Codes
 from lightslim.kernels.grid import along

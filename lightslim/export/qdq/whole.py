@@ -3,10 +3,10 @@
 import onnx_ir as ir
 
 from lightslim.export.qdq.graph import MOVES_PAST, is_plain_product, marks, only_consumer
-from lightslim.export.qdq.inputs import Wanted
-from lightslim.export.qdq.marks import DOMAIN, OF_INPUT, OF_WEIGHT
+from lightslim.export.qdq.marks import DOMAIN, OF_VALUE, OF_WEIGHT
 from lightslim.export.qdq.presets import Encoding
 from lightslim.export.qdq.spelling import Spelling
+from lightslim.export.qdq.values import Wanted
 from lightslim.kernels.codes import Codes
 
 TWO_PRODUCTS = 2**15 - 1
@@ -37,7 +37,7 @@ def _whole(node: ir.Node, wanted: Wanted, codes: Codes, encoding: Encoding) -> b
 def spelling_of(node: ir.Node, wanted: Wanted) -> Spelling | None:
     """The integers that a layer reads, if it does."""
     mark = node.inputs[0].producer() if node.inputs[0] is not None else None
-    found = wanted.get(mark) if mark is not None and mark.op_type == OF_INPUT else None
+    found = wanted.get(mark) if mark is not None and mark.op_type == OF_VALUE else None
     return found if isinstance(found, Spelling) else None
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lightslim.export.program import program_of
 from lightslim.export.qdq.fold import fold_batch_norms
-from lightslim.export.qdq.inputs import encode_inputs, plan_inputs
 from lightslim.export.qdq.marks import DOMAIN, mark
 from lightslim.export.qdq.presets import encoding_for
 from lightslim.export.qdq.trace import trace
+from lightslim.export.qdq.values import encode_values, plan_values
 from lightslim.export.qdq.weights import add_biases_in_float, encode_weights, turn_matrices
 from lightslim.export.qdq.whole import whole_layers
 
@@ -28,12 +28,12 @@ def write_integers(
     graph = traced.graph
     fold_batch_norms(graph, marked.weights)
     turn_matrices(graph, marked.weights)
-    wanted = plan_inputs(graph, marked.inputs, encoding)
+    wanted = plan_values(graph, marked.values, encoding)
     if not encoding.rounds_bias:
         add_biases_in_float(graph, marked.weights)
     whole = whole_layers(graph, wanted, marked.weights, encoding)
     encode_weights(graph, marked.weights, wanted, whole, encoding)
-    encode_inputs(graph, wanted, whole, encoding)
+    encode_values(graph, wanted, whole, encoding)
     save(traced, path)
 
 

@@ -1,4 +1,4 @@
-"""Inputs of layers rounded to their grids, by nodes that runtimes know."""
+"""Inputs of layers, and outputs, rounded to their grids, by nodes that runtimes know."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,34 +7,34 @@ import onnx_ir as ir
 
 from lightslim.export.qdq.bounds import clip_limits, interval
 from lightslim.export.qdq.graph import MOVES_PAST, Before, marks, only_consumer, replace
-from lightslim.export.qdq.marks import OF_INPUT, InputGrid
+from lightslim.export.qdq.marks import OF_VALUE, ValueGrid
 from lightslim.export.qdq.presets import Encoding
 from lightslim.export.qdq.spelling import Spelling, spelled
 from lightslim.kernels.grid import TINY
 
-Wanted = dict[ir.Node, Spelling | InputGrid]
+Wanted = dict[ir.Node, Spelling | ValueGrid]
 
 
-def plan_inputs(graph: ir.Graph, grids: Mapping[str, InputGrid], encoding: Encoding) -> Wanted:
-    """How each mark of an input is to be rounded: as integers, or in float where eight bits or one step do not do.
+def plan_values(graph: ir.Graph, grids: Mapping[str, ValueGrid], encoding: Encoding) -> Wanted:
+    """How each mark of a value is to be rounded: as integers, or in float where eight bits or one step do not do.
 
     A ReLU that rounding does anyway for all who read it is dropped: runtimes fuse a layer with rounding only.
     """
     by_source: dict[ir.Value, list[ir.Node]] = {}
     wanted: Wanted = {}
-    for mark, layer in marks(graph, OF_INPUT):
+    for mark, tensor in marks(graph, OF_VALUE):
         source = mark.inputs[0]
         assert source is not None
         by_source.setdefault(source, []).append(mark)
-        grid, positive = grids[layer], interval(source)[0] >= 0
-        wanted[mark] = spelled(grid, positive, encoding, layer) if grid.fits else grid
+        grid, positive = grids[tensor], interval(source)[0] >= 0
+        wanted[mark] = spelled(grid, positive, encoding, tensor) if grid.fits else grid
     for source, readers in by_source.items():
         if len(source.uses()) == len(readers) and not source.is_graph_output():
             _drop_activation(source, [wanted[mark] for mark in readers])
     return wanted
 
 
-def _drop_activation(source: ir.Value, wanted: Iterable[Spelling | InputGrid]) -> None:
+def _drop_activation(source: ir.Value, wanted: Iterable[Spelling | ValueGrid]) -> None:
     node = source.producer()
     while node is not None and node.op_type in MOVES_PAST and node.inputs[0] and only_consumer(node.inputs[0]) is node:
         node = node.inputs[0].producer()
@@ -48,23 +48,23 @@ def _drop_activation(source: ir.Value, wanted: Iterable[Spelling | InputGrid]) -
         replace(node, node.inputs[0])
 
 
-def encode_inputs(graph: ir.Graph, wanted: Wanted, whole: set[ir.Node], encoding: Encoding) -> None:
-    """Replace the marks of inputs by nodes that round; layers that read one value on one grid share them.
+def encode_values(graph: ir.Graph, wanted: Wanted, whole: set[ir.Node], encoding: Encoding) -> None:
+    """Replace the marks of values by nodes that round; layers that read one value on one grid share them.
 
     Args:
         graph: with marks.
-        wanted: from :func:`plan_inputs`.
+        wanted: from :func:`plan_values`.
         whole: the layers that are to be one integer operation.
         encoding: what the target wants.
     """
-    made: dict[tuple[ir.Value | None, Spelling | InputGrid, bool], ir.Value] = {}
-    for mark, layer in marks(graph, OF_INPUT):
+    made: dict[tuple[ir.Value | None, Spelling | ValueGrid, bool], ir.Value] = {}
+    for mark, tensor in marks(graph, OF_VALUE):
         source, grid = mark.inputs[0], wanted[mark]
         assert source is not None
         integers = any(node in whole for node in mark.outputs[0].consumers())
         key = (source, grid, integers)
         if key not in made:
-            place = Before(mark, graph, f"{layer}.input")
+            place = Before(mark, graph, tensor)
             if isinstance(grid, Spelling):
                 made[key] = _integers(place, source, grid, encoding.clips)
             else:
@@ -97,7 +97,7 @@ def _limits(place: Before, wanted: Spelling, decoded: bool) -> list[ir.Value]:
     return [place.constant(name, end) for name, end in zip(("from", "to"), ends, strict=True)]
 
 
-def _floats(place: Before, x: ir.Value, grid: InputGrid) -> ir.Value:
+def _floats(place: Before, x: ir.Value, grid: ValueGrid) -> ir.Value:
     """The same arithmetic in float, where eight bits do not hold the codes or a range is only known at run time."""
     if grid.inverse is None or grid.step is None:
         return _floats_of_the_moment(place, x, grid.levels)
