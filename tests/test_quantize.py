@@ -94,6 +94,16 @@ def test_outputs_are_on_the_grid_of_their_range(name):
     assert set(net.state_dict()) == set(plain.state_dict())
 
 
+def test_inputs_can_be_left_as_they_come():
+    net = transform(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), overrides={"1": {"activation_bits": None}})
+    assert [name for name, _ in quantizers(net)] == ["0.weight_quantizer", "0.input_quantizer", "1.weight_quantizer"]
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(net[1](x), nn.functional.linear(x, net[1].weight, net[1].bias), rtol=0, atol=0)
+    torch.testing.assert_close(freeze(net)[1](x), net[1](x), rtol=0, atol=0)
+    assert set(signal_to_noise(net, lambda: net(x))) == {"0", "1"}
+    assert type(untransform(net)[1]) is nn.Linear
+
+
 def test_untransform_leaves_no_trace():
     net = randomize(TinyNet()).eval()
     before, said = net(X), repr(net)
@@ -121,6 +131,7 @@ def test_layers_can_be_skipped_and_set_apart():
         ({"skip": ["nothing"]}, "skip: 'nothing' matches none"),
         ({"skip": ["*"]}, "nothing to quantize"),
         ({"overrides": {"head*": {"weight_bit": 4}}}, "did you mean 'weight_bits'"),
+        ({"outputs": ["stem"], "activation_bits": None}, "activation_bits is None"),
         ({"outputs": ["empty"]}, "outputs: empty is a Sequential: name the module in it"),
         ({"outputs": ["stem.9"]}, "outputs: 'stem.9' matches none"),
     ],

@@ -14,8 +14,8 @@ from lightslim.export.exporter import Exporter, Run
 from lightslim.export.program import flat
 from lightslim.kernels.codes import grid_of
 from lightslim.loading import read_checkpoint, restore
-from lightslim.quantize.integers import input_quantizer, output_quantizer, weight_codes, weight_quantizer
-from lightslim.quantize.transform import FakeQuantize, quantized_layers, quantized_outputs, untransform
+from lightslim.quantize.integers import weight_codes, weight_quantizer
+from lightslim.quantize.transform import FakeQuantize, quantized_layers, quantized_values, untransform
 from lightslim.surgery import CHECKPOINT_KEY, structure
 
 
@@ -36,8 +36,8 @@ def write_weights(model: nn.Module, example_inputs: tuple[Tensor, ...], path: Pa
         True
     """
     numbers = {name: _numbers(layer) for name, layer in quantized_layers(model).items()}
-    for name, module in quantized_outputs(model).items():
-        numbers.setdefault(name, {}).update(_grid("output", output_quantizer(module)))
+    for name, module, end, role in quantized_values(model):
+        numbers.setdefault(name, {}).update(_grid(end, getattr(module, role)))
     record = structure(model)
     weights = untransform(model, rounded=True).state_dict()
     content = {
@@ -57,7 +57,6 @@ def _numbers(layer: nn.Module) -> dict[str, Any]:
         "weight_bits": weight_quantizer(layer).bits,
         "weight_step": codes.step,
         "weight_axis": codes.axis,
-        **_grid("input", input_quantizer(layer)),
     }
 
 

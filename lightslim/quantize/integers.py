@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightslim.errors import CompressionError
 from lightslim.kernels.codes import Codes, encode, grid_of
-from lightslim.quantize.layers import DECODER, INPUT, OUTPUT, WEIGHT, CodedWeight, QuantizedWeight, mixins_of, swap
-from lightslim.quantize.transform import FakeQuantize, quantized_layers, quantized_outputs
+from lightslim.quantize.layers import DECODER, INPUT, WEIGHT, CodedWeight, QuantizedWeight, mixins_of, swap
+from lightslim.quantize.transform import FakeQuantize, quantized_layers, quantized_values
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -50,13 +50,6 @@ def weight_quantizer(layer: Any) -> FakeQuantize:
 def input_quantizer(layer: nn.Module) -> FakeQuantize:
     """What rounds the input of a quantized layer."""
     quantizer = getattr(layer, INPUT)
-    assert isinstance(quantizer, FakeQuantize)
-    return quantizer
-
-
-def output_quantizer(module: nn.Module) -> FakeQuantize:
-    """What rounds the output of a module."""
-    quantizer = getattr(module, OUTPUT)
     assert isinstance(quantizer, FakeQuantize)
     return quantizer
 
@@ -184,14 +177,13 @@ def _converted(model: M, decode: type[Decode], convert: Callable[[FakeQuantize, 
     if not quantized_layers(model):
         raise CompressionError("there is nothing to convert: transform the model first")
     model = copy.deepcopy(model).eval()
+    for name, module, end, role in quantized_values(model):
+        setattr(module, role, convert(getattr(module, role), f"the {end} of {name}"))
     for name, layer in quantized_layers(model).items():
         bits = weight_quantizer(layer).bits
         if bits > 8:
             raise CompressionError(f"the weight of {name} has {bits} bits: int8 holds up to 8")
-        setattr(layer, INPUT, convert(input_quantizer(layer), f"the input of {name}"))
         _store_codes(layer, decode)
-    for name, module in quantized_outputs(model).items():
-        setattr(module, OUTPUT, convert(output_quantizer(module), f"the output of {name}"))
     return model
 
 

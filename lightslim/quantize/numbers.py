@@ -45,16 +45,16 @@ def trained(module: nn.Module, idle: Collection[str] = ()) -> Iterator[tuple[nn.
         module: quantized.
         idle: layers whose inputs are not quantized, so that nothing trains the ranges of these: they are frozen.
     """
-    for name, layer in quantized_layers(module).items():
-        for role in (WEIGHT, INPUT):
+    layers = quantized_layers(module)
+    some: Any = next(iter(layers.values()), None)
+    for name, layer in {**layers, **quantized_outputs(module)}.items():
+        weight = layers.get(name, some)._parameters["weight"]
+        for role in filter(layer._modules.__contains__, (WEIGHT, INPUT, OUTPUT)):
             for parameter in getattr(layer, role).parameters():
                 if role == INPUT and name in idle:
                     parameter.requires_grad_(False)
                 else:
-                    yield parameter, layer._parameters["weight"]  # type: ignore[misc]
-    for end in quantized_outputs(module).values():
-        for parameter in getattr(end, OUTPUT).parameters():
-            yield parameter, layer._parameters["weight"]  # type: ignore[misc]
+                    yield parameter, weight
 
 
 def in_steps(layer: Any) -> Tensor:

@@ -26,7 +26,7 @@ class Settings:
     """
 
     weight_bits: int = 8
-    activation_bits: int = 8
+    activation_bits: int | None = 8
     weight_quantize_type: str = "channel_wise_abs_max"
     activation_quantize_type: str = "moving_average_abs_max"
     weight_range: Mapping[str, Any] = field(default_factory=dict)
@@ -35,10 +35,13 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits"):
             bits = getattr(self, name)
+            if name == "activation_bits" and bits is None:
+                continue
             if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16:
                 raise CompressionError(f"{name} is {bits!r}; a quantized number has 2 to 16 bits")
         self.weight_rule(0)
-        if self.activation_rule().per_channel:
+        inputs = self.activation_rule()
+        if inputs is not None and inputs.per_channel:
             raise CompressionError(
                 f"activation_quantize_type is {self.activation_quantize_type!r}, which is for weights: the channels "
                 "of an input share one range"
@@ -50,8 +53,10 @@ class Settings:
         axis = channels if kind.per_channel else None
         return _built("weight_range", kind, self.weight_range, axis=axis, bits=self.weight_bits)
 
-    def activation_rule(self) -> Range:
-        """A new range for an input."""
+    def activation_rule(self) -> Range | None:
+        """A new range for an input; None where inputs are left as they come."""
+        if self.activation_bits is None:
+            return None
         kind = registry().get("range", self.activation_quantize_type)
         return _built("activation_range", kind, self.activation_range, axis=None, bits=self.activation_bits)
 
@@ -95,6 +100,8 @@ def plan_layers(
 def plan_outputs(model: nn.Module, common: Settings, outputs: Sequence[str]) -> dict[str, Settings]:
     """Which modules have their outputs quantized, and how; see ``transform`` for the arguments and errors."""
     modules = {name: child for name, child in model.named_modules() if name}
+    if outputs and common.activation_bits is None:
+        raise CompressionError("outputs have the bits of inputs, and activation_bits is None")
     names = [_last(name, modules) for pattern in outputs for name in select(pattern, modules, "outputs")]
     for name in names:
         if isinstance(modules[name], Mixin):

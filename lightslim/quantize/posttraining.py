@@ -13,8 +13,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightslim.errors import CompressionError
-from lightslim.quantize.layers import WEIGHT
-from lightslim.quantize.transform import FakeQuantize, detach, quantizers, transform, watching
+from lightslim.quantize.transform import FakeQuantize, detach, quantized_values, quantizers, transform, watching
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,7 +25,7 @@ def quantize(
     forward: Callable[[M, Any], Any] | None = None,
     *,
     weight_bits: int = 8,
-    activation_bits: int = 8,
+    activation_bits: int | None = 8,
     weight_quantize_type: str = "channel_wise_abs_max",
     activation_quantize_type: str = "mse",
     skip: Sequence[str] = (),
@@ -74,7 +73,8 @@ def quantize(
     transform(quantized, weight_bits, activation_bits, weight_quantize_type, activation_quantize_type, skip, overrides,
               weight_range, activation_range, outputs)  # fmt: skip
     calibrate(quantized, lambda: _run_all(quantized, itertools.islice(loader, batches), forward or _call))
-    blind = list(dict.fromkeys(name for name, _, quantizer in _activations(quantized) if not _has_seen(quantizer)))
+    values = quantized_values(quantized)
+    blind = list(dict.fromkeys(name for name, module, _, role in values if not _has_seen(getattr(module, role))))
     for name in blind:
         detach(quantized.get_submodule(name))
     if blind:
@@ -127,19 +127,11 @@ def _finite_inputs(model: nn.Module) -> Iterator[None]:
             raise CompressionError(f"{name} holds {peak}: its range cannot be chosen")
 
     with contextlib.ExitStack() as stack:
-        for name, end, quantizer in _activations(model):
+        for name, module, end, role in quantized_values(model):
             of = f"the {end} of {name or 'the model'}"
-            hook = quantizer.register_forward_pre_hook(lambda _, inputs, of=of: check(of, inputs))
+            hook = getattr(module, role).register_forward_pre_hook(lambda _, inputs, of=of: check(of, inputs))
             stack.callback(hook.remove)
         yield
-
-
-def _activations(model: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:
-    """The quantizers of inputs and outputs: a module's name, which end of it, and the quantizer."""
-    for name, quantizer in quantizers(model):
-        module, _, role = name.rpartition(".")
-        if role != WEIGHT:
-            yield module, role.removesuffix("_quantizer"), quantizer
 
 
 def _has_seen(quantizer: FakeQuantize) -> bool:

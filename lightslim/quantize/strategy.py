@@ -37,7 +37,7 @@ class QuantizationStrategy(CompressionStrategy):
         mobile_model_save_path: where to write the model for mobile runtimes; None for nowhere.
         int8_model_save_path: where to write the integer model; None for nowhere.
         weight_bits: bits of a weight, 2 to 16; biases stay in float.
-        activation_bits: bits of an input, 2 to 16.
+        activation_bits: bits of an input, 2 to 16; None leaves inputs as they come.
         weight_quantize_type: ``abs_max`` or ``channel_wise_abs_max``.
         activation_quantize_type: ``abs_max``, ``range_abs_max``, ``moving_average_abs_max``,
             ``moving_average_min_max`` (affine), or one for calibration: ``max``, ``percentile``, ``mse``, ``entropy``.
@@ -72,7 +72,7 @@ class QuantizationStrategy(CompressionStrategy):
         mobile_model_save_path: str | None = None,
         int8_model_save_path: str | None = None,
         weight_bits: int = 8,
-        activation_bits: int = 8,
+        activation_bits: int | None = 8,
         weight_quantize_type: str = "abs_max",
         activation_quantize_type: str = "abs_max",
         save_in_nodes: Sequence[str] | None = None,
@@ -180,7 +180,8 @@ class QuantizationStrategy(CompressionStrategy):
 
     def _check_calibration(self, plan: Mapping[str, Settings], batches: int | None = None) -> None:
         batches = self.calibration_batches if batches is None else batches
-        blind = next((name for name, settings in plan.items() if settings.activation_rule().calibrated), None)
+        rules = {name: settings.activation_rule() for name, settings in plan.items()}
+        blind = next((name for name, rule in rules.items() if rule is not None and rule.calibrated), None)
         if blind is not None and not batches:
             raise CompressionError(
                 f"{plan[blind].activation_quantize_type} learns in calibration only, and there are no "
@@ -230,10 +231,8 @@ class QuantizationStrategy(CompressionStrategy):
             inputs = deploy.forward_inputs(trainer, trial)
             calibrate(trial, forward_probe(trial, inputs).evaluate)
             deploy.rehearse(trainer, trial, inputs, self._formats(), list(self.save_paths.values()))
-        rows = [(name, str(s.weight_bits), s.weight_quantize_type, str(s.activation_bits), s.activation_quantize_type)
-                for name, s in layers.items()]  # fmt: skip
-        rows += [(f"{name}, its output", "", "", str(s.activation_bits), s.activation_quantize_type)
-                 for name, s in outputs.items()]  # fmt: skip
+        rows = [(name, str(s.weight_bits), s.weight_quantize_type, *_activation(s)) for name, s in layers.items()]
+        rows += [(f"{name}, its output", "", "", *_activation(s)) for name, s in outputs.items()]
         return f"{len(layers)} layers\n" + table(("layer", "weight bits", "range", "bits of values", "range"), rows)
 
     @override
@@ -289,6 +288,13 @@ class QuantizationStrategy(CompressionStrategy):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
         self._disarm(trainer, pl_module)
+
+
+def _activation(settings: Settings) -> tuple[str, str]:
+    """How values are quantized, as text."""
+    if settings.activation_bits is None:
+        return "as they come", ""
+    return str(settings.activation_bits), settings.activation_quantize_type
 
 
 def synchronize(trainer: Trainer, rules: Sequence[Range]) -> None:

@@ -73,7 +73,7 @@ class FakeQuantize(nn.Module):
 def transform(
     model: M,
     weight_bits: int = 8,
-    activation_bits: int = 8,
+    activation_bits: int | None = 8,
     weight_quantize_type: str = "channel_wise_abs_max",
     activation_quantize_type: str = "moving_average_abs_max",
     skip: Sequence[str] = (),
@@ -90,7 +90,7 @@ def transform(
     Args:
         model: any module.
         weight_bits: bits of a weight, 2 to 16.
-        activation_bits: bits of an input, 2 to 16.
+        activation_bits: bits of an input, 2 to 16; None leaves inputs as they come, in float or rounded already.
         weight_quantize_type: name of the weights' range: ``abs_max`` or ``channel_wise_abs_max``.
         activation_quantize_type: name of the inputs' range: ``moving_average_abs_max``, ``moving_average_min_max``,
             ``abs_max``, ``range_abs_max`` or one of those for calibration, see :func:`quantize`.
@@ -136,24 +136,32 @@ def attach(model: M, plan: Mapping[str, Settings], outputs: Mapping[str, Setting
     layers = quantizable(model)
     together = Together()
     pairs = {name: _quantizers(layers[name], settings, together) for name, settings in plan.items()}
-    ends = {name: FakeQuantize(settings.activation_rule()) for name, settings in outputs.items()}
+    ends = {name: _quantizer(settings) for name, settings in outputs.items()}
     for name, (weight, inputs) in pairs.items():
         _attach(layers[name], weight, inputs)
-    for name, quantizer in ends.items():
-        _attach_output(model.get_submodule(name), quantizer)
+    for name, end in ends.items():
+        if end is not None:
+            _attach_output(model.get_submodule(name), end)
     return model
 
 
-def _quantizers(layer: nn.Module, settings: Settings, together: Together) -> tuple[FakeQuantize, FakeQuantize]:
+def _quantizers(layer: nn.Module, settings: Settings, together: Together) -> tuple[FakeQuantize, FakeQuantize | None]:
     weight = settings.weight_rule(1 if getattr(layer, "transposed", False) else 0)
-    return FakeQuantize(weight, together), FakeQuantize(settings.activation_rule())
+    return FakeQuantize(weight, together), _quantizer(settings)
 
 
-def _attach(layer: nn.Module, weight: FakeQuantize, inputs: FakeQuantize) -> None:
+def _quantizer(settings: Settings) -> FakeQuantize | None:
+    """One for an input or output, if those are quantized."""
+    rule = settings.activation_rule()
+    return None if rule is None else FakeQuantize(rule)
+
+
+def _attach(layer: nn.Module, weight: FakeQuantize, inputs: FakeQuantize | None) -> None:
     device = next(layer.parameters()).device
     for name, quantizer in ((WEIGHT, weight), (INPUT, inputs)):
-        setattr(layer, name, quantizer.to(device).train(layer.training))
-    swap(layer, QuantizedInput, QuantizedWeight)
+        if quantizer is not None:
+            setattr(layer, name, quantizer.to(device).train(layer.training))
+    swap(layer, *(() if inputs is None else (QuantizedInput,)), QuantizedWeight)
 
 
 def _attach_output(module: nn.Module, quantizer: FakeQuantize) -> None:
@@ -182,6 +190,13 @@ def quantized_outputs(model: nn.Module) -> dict[str, nn.Module]:
 def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All of both, by name."""
     return {**quantized_layers(model), **quantized_outputs(model)}
+
+
+def quantized_values(model: nn.Module) -> list[tuple[str, nn.Module, str, str]]:
+    """What is rounded but weights: the name of a module, itself, which end of it, and its quantizer's attribute."""
+    inputs = ((name, layer, "input", INPUT) for name, layer in quantized_layers(model).items())
+    outputs = ((name, module, "output", OUTPUT) for name, module in quantized_outputs(model).items())
+    return [value for value in (*inputs, *outputs) if value[-1] in value[1]._modules]
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def new_constant(graph: ir.Graph, name: str, content: Array) -> ir.Value:
     taken, number = name, 1
     while taken in graph.initializers:
         taken, number = f"{name}_{number}", number + 1
-    value = ir.val(taken, const_value=ir.tensor(np.ascontiguousarray(content), name=taken))
+    value = ir.val(taken, const_value=ir.tensor(np.asarray(content, order="C"), name=taken))
     graph.register_initializer(value)
     return value
 

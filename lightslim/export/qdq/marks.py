@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightslim.errors import CompressionError
 from lightslim.kernels.codes import Codes, grid_of
 from lightslim.kernels.grid import levels
-from lightslim.quantize.integers import input_quantizer, output_quantizer, weight_codes, weight_quantizer
-from lightslim.quantize.layers import INPUT, OUTPUT, WEIGHT
-from lightslim.quantize.transform import FakeQuantize, quantized_layers, quantized_outputs
+from lightslim.quantize.integers import weight_codes, weight_quantizer
+from lightslim.quantize.layers import WEIGHT
+from lightslim.quantize.transform import FakeQuantize, quantized_layers, quantized_values
 
 DOMAIN = "lightslim"
 OF_WEIGHT, OF_VALUE = "Weight", "Value"
@@ -90,13 +90,11 @@ def mark(model: nn.Module) -> Marked:
     marked = Marked()
     for name, layer in quantized_layers(model).items():
         marked.weights[name] = _weight(name, layer)
-        marked.values[f"{name}.input"] = value_grid(input_quantizer(layer))
     for name, layer in quantized_layers(model).items():
         setattr(layer, WEIGHT, Mark(OF_WEIGHT, name))
-        setattr(layer, INPUT, Mark(OF_VALUE, f"{name}.input"))
-    for name, module in quantized_outputs(model).items():
-        marked.values[f"{name}.output"] = value_grid(output_quantizer(module))
-        setattr(module, OUTPUT, Mark(OF_VALUE, f"{name}.output"))
+    for name, module, end, role in quantized_values(model):
+        marked.values[f"{name}.{end}"] = value_grid(getattr(module, role))
+        setattr(module, role, Mark(OF_VALUE, f"{name}.{end}"))
     return marked
 
 
