@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from experiments.bench.paired import Row, Step, measure, row
-from experiments.bench.qat_step import resnet18, warmed
+from experiments.bench.qat_step import ResidualBlock, resnet18, warmed
 from experiments.models import MobileNetV2
+from experiments.models.mobilenet import InvertedResidual
 from lightslim.errors import CompressionError
 from lightslim.export import export
 from lightslim.export.export import check_available
@@ -25,7 +27,7 @@ from lightslim.registry import registry
 
 PEER, NNCF, OPENVINO = "uint8 x int8 by ONNX Runtime", "int8 by NNCF", "int8 OpenVINO"
 FLOAT = "float OpenVINO"
-ENDS = ", outputs too"
+ENDS = ", additions too"
 FILES: dict[str, tuple[str, dict[str, str]]] = {
     "float": ("onnx", {}),
     "int8 exact": ("int8", {"deploy": "exact"}),
@@ -51,8 +53,20 @@ def resnet() -> tuple[nn.Module, Tensor]:
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {"mobilenet_v2": mobilenet_v2, "resnet18": resnet}
-OUTPUTS = {"mobilenet_v2": ["*.bn3"], "resnet18": ["*.body", "re:.*skip[.]1"]}
-"""What the residual additions read, as far as layers give it."""
+
+
+def additions(net: nn.Module) -> dict[str, Any]:
+    """Settings that round what residual additions read and give, once: layers behind them take it as it comes."""
+    outputs, fed = [], []
+    for name, block in net.named_modules():
+        if isinstance(block, InvertedResidual):
+            outputs += [name, *([f"{name}.bn3"] if block.residual else [])]
+            fed += [f"{name}.expand"] if block.expand is not None else []
+        elif isinstance(block, ResidualBlock):
+            cut = not isinstance(block.skip, nn.Identity)
+            outputs += [name, f"{name}.body", *([f"{name}.skip"] if cut else [])]
+            fed += [f"{name}.body.0", *([f"{name}.skip.0"] if cut else [])]
+    return {"outputs": outputs, "overrides": {name: {"activation_bits": None} for name in fed[1:]}}
 
 
 def installed() -> dict[str, tuple[str, dict[str, str]]]:
@@ -68,10 +82,10 @@ def installed() -> dict[str, tuple[str, dict[str, str]]]:
     return found
 
 
-def written(net: nn.Module, x: Tensor, folder: Path, outputs: list[str]) -> dict[str, Path]:
+def written(net: nn.Module, x: Tensor, folder: Path) -> dict[str, Path]:
     """One file for each way to write the network; the ranges are those of one batch."""
     ranges = {"weight_quantize_type": "channel_wise_abs_max", "activation_quantize_type": "moving_average_min_max"}
-    models = {"": quantize(net, [x], **ranges), ENDS: quantize(net, [x], **ranges, outputs=outputs)}
+    models = {"": quantize(net, [x], **ranges), ENDS: quantize(net, [x], **ranges, **additions(net))}
     paths = {}
     for name, (format_, options) in installed().items():
         paths[name] = folder / f"{name.replace(' ', '_')}.onnx"
@@ -131,7 +145,7 @@ def rows(rounds: int, quick: bool) -> Iterator[Row]:
     for model in ["mobilenet_v2"] if quick else MODELS:
         net, x = MODELS[model]()
         with tempfile.TemporaryDirectory() as folder:
-            paths = written(warmed(net, x).eval(), x, Path(folder), OUTPUTS[model])
+            paths = written(warmed(net, x).eval(), x, Path(folder))
             steps = opened(paths, x)
             again = open_in_onnxruntime(paths[PEER], threads=torch.get_num_threads())
             seconds = measure({**steps, "again": partial(again, x[:1])}, rounds, repeats=2 if quick else 20)

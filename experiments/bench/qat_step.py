@@ -34,15 +34,17 @@ def mobilenet_v2() -> tuple[nn.Module, Tensor]:
 
 def resnet18() -> tuple[nn.Module, Tensor]:
     """CIFAR style, widths 64 to 512, batch 32 of 3 x 32 x 32."""
-    blocks = [_Block(64, 64, 1), _Block(64, 64, 1)]
+    blocks = [ResidualBlock(64, 64, 1), ResidualBlock(64, 64, 1)]
     for into, out in ((64, 128), (128, 256), (256, 512)):
-        blocks += [_Block(into, out, 2), _Block(out, out, 1)]
+        blocks += [ResidualBlock(into, out, 2), ResidualBlock(out, out, 1)]
     stem = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
     return nn.Sequential(stem, *blocks, head), torch.randn(32, 3, 32, 32)
 
 
-class _Block(nn.Module):
+class ResidualBlock(nn.Module):
+    """Two convolutions beside a shortcut."""
+
     def __init__(self, into: int, out: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
@@ -53,6 +55,7 @@ class _Block(nn.Module):
         self.skip = nn.Identity() if same else nn.Sequential(nn.Conv2d(into, out, 1, stride), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[n, into, h, w]`` to ``[n, out, h / stride, w / stride]``."""
         return torch.relu(self.body(x) + self.skip(x))
 
 
