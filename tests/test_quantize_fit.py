@@ -57,10 +57,8 @@ def test_training_goes_on_and_checkpoints_stay_plain(tmp_path, optimizer, argume
 def test_resume_goes_on_with_the_learned_ranges(tmp_path):
     def fit(checkpoint=None):
         pl.seed_everything(0)
-        module, strategy = (
-            TinyModule("adam"),
-            quantized(outputs=["net.stem", "net.body.3"], overrides={"net.body.0": {"activation_bits": None}}),
-        )
+        strategy = quantized(outputs=["net.stem", "net.body.3"], overrides={"net.body.0": {"activation_bits": None}})
+        module = TinyModule("adam")
         module.net.head[2].p = 0.0
         saver = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
         data = torch.utils.data.DataLoader(loaders()[0].dataset, batch_size=16)

@@ -1,7 +1,7 @@
 """Where the accuracy goes: how much of each layer's signal its quantization keeps."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,24 +69,28 @@ def _decibels(ratio: float) -> float:
 
 def unreached(probe: Probe, module: nn.Module) -> list[str]:
     """The quantized layers whose inputs pass no hook in one step: their weights are used from outside."""
-    called: set[str] = set()
     layers = quantized_layers(module)
-    handles = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
-    try:
-        probe.run()
-        probe.run(training=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [name for name in layers if name not in called]
+    given = _given(probe, layers)
+    return [name for name in layers if name not in given]
 
 
-def check_outputs(probe: Probe, module: nn.Module, outputs: Collection[str]) -> None:
+def check_outputs(probe: Probe, module: nn.Module, outputs: Iterable[str]) -> None:
     """Raise unless one step gets a tensor of floats from each of the modules called ``outputs``."""
+    modules = {name: module.get_submodule(name) for name in outputs}
+    given = _given(probe, modules)
+    for name in modules:
+        if name not in given:
+            raise CompressionError(f"outputs: the step never calls {name}")
+        if not (isinstance(given[name], Tensor) and given[name].is_floating_point()):
+            raise CompressionError(f"outputs: {name} gives a {type(given[name]).__name__}, not one tensor of floats")
+
+
+def _given(probe: Probe, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """What those of ``modules`` return that one step calls, by name."""
     given: dict[str, Any] = {}
     handles = [
-        module.get_submodule(name).register_forward_hook(lambda *call, name=name: given.update({name: call[-1]}))
-        for name in outputs
+        module.register_forward_hook(lambda *call, name=name: given.update({name: call[-1]}))
+        for name, module in modules.items()
     ]
     try:
         probe.run()
@@ -94,8 +98,4 @@ def check_outputs(probe: Probe, module: nn.Module, outputs: Collection[str]) -> 
     finally:
         for handle in handles:
             handle.remove()
-    for name in outputs:
-        if name not in given:
-            raise CompressionError(f"outputs: the step never calls {name}")
-        if not (isinstance(given[name], Tensor) and given[name].is_floating_point()):
-            raise CompressionError(f"outputs: {name} gives a {type(given[name]).__name__}, not one tensor of floats")
+    return given

@@ -1,5 +1,6 @@
 """The numbers that ranges have learned: on their way into a strategy's state, to copies, and to an optimizer."""
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightslim.quantize.layers import INPUT, OUTPUT, WEIGHT
-from lightslim.quantize.transform import FakeQuantize, quantized_layers, quantized_outputs
+from lightslim.quantize.transform import FakeQuantize, quantized_layers, quantized_modules
 
 
 def numbers(quantizer: FakeQuantize) -> dict[str, Tensor]:
@@ -39,22 +40,28 @@ def _kept(quantizer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
 
 
 def trained(module: nn.Module, idle: Collection[str] = ()) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-    """The parameters of the ranges in ``module``, each with the weight of its layer, or of some layer for outputs.
+    """The parameters of the ranges in ``module``, each with a weight: of its layer, or the one that gives the output.
 
     Args:
         module: quantized.
         idle: layers whose inputs are not quantized, so that nothing trains the ranges of these: they are frozen.
     """
-    layers = quantized_layers(module)
-    some: Any = next(iter(layers.values()), None)
-    for name, layer in {**layers, **quantized_outputs(module)}.items():
-        weight = layers.get(name, some)._parameters["weight"]
-        for role in filter(layer._modules.__contains__, (WEIGHT, INPUT, OUTPUT)):
-            for parameter in getattr(layer, role).parameters():
+    layers: Mapping[str, Any] = quantized_layers(module)
+    for name, child in quantized_modules(module).items():
+        weight = layers[_layer_of(name, module, layers)]._parameters["weight"]
+        for role in filter(child._modules.__contains__, (WEIGHT, INPUT, OUTPUT)):
+            for parameter in getattr(child, role).parameters():
                 if role == INPUT and name in idle:
                     parameter.requires_grad_(False)
                 else:
                     yield parameter, weight
+
+
+def _layer_of(name: str, module: nn.Module, layers: Collection[str]) -> str:
+    """The quantized layer that the module called ``name`` is, or the last in it, or the last before it."""
+    inside = [layer for layer in layers if f"{layer}.".startswith(f"{name}.")]
+    before = itertools.takewhile(lambda each: each != name, (each for each, _ in module.named_modules()))
+    return (inside or [each for each in before if each in layers] or list(layers))[-1]
 
 
 def in_steps(layer: Any) -> Tensor:

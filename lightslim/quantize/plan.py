@@ -33,19 +33,21 @@ class Settings:
     activation_range: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits"):
+        for name in ("weight_bits", "activation_bits") if self.rounds_inputs else ("weight_bits",):
             bits = getattr(self, name)
-            if name == "activation_bits" and bits is None:
-                continue
             if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16:
                 raise CompressionError(f"{name} is {bits!r}; a quantized number has 2 to 16 bits")
         self.weight_rule(0)
-        inputs = self.activation_rule()
-        if inputs is not None and inputs.per_channel:
+        if self.rounds_inputs and self.activation_rule().per_channel:
             raise CompressionError(
                 f"activation_quantize_type is {self.activation_quantize_type!r}, which is for weights: the channels "
                 "of an input share one range"
             )
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether an input is quantized at all."""
+        return self.activation_bits is not None
 
     def weight_rule(self, channels: int) -> Range:
         """A new range for a weight whose dimension ``channels`` holds the output channels."""
@@ -53,10 +55,8 @@ class Settings:
         axis = channels if kind.per_channel else None
         return _built("weight_range", kind, self.weight_range, axis=axis, bits=self.weight_bits)
 
-    def activation_rule(self) -> Range | None:
-        """A new range for an input; None where inputs are left as they come."""
-        if self.activation_bits is None:
-            return None
+    def activation_rule(self) -> Range:
+        """A new range for an input or output."""
         kind = registry().get("range", self.activation_quantize_type)
         return _built("activation_range", kind, self.activation_range, axis=None, bits=self.activation_bits)
 
@@ -100,7 +100,7 @@ def plan_layers(
 def plan_outputs(model: nn.Module, common: Settings, outputs: Sequence[str]) -> dict[str, Settings]:
     """Which modules have their outputs quantized, and how; see ``transform`` for the arguments and errors."""
     modules = {name: child for name, child in model.named_modules() if name}
-    if outputs and common.activation_bits is None:
+    if outputs and not common.rounds_inputs:
         raise CompressionError("outputs have the bits of inputs, and activation_bits is None")
     names = [_last(name, modules) for pattern in outputs for name in select(pattern, modules, "outputs")]
     for name in names:

@@ -78,7 +78,7 @@ def quantize(
     for name in blind:
         detach(quantized.get_submodule(name))
     if blind:
-        rank_zero_warn(f"{', '.join(blind)}: no batch gave an input other than zeros; left in float")
+        rank_zero_warn(f"{', '.join(blind)}: no batch gave values other than zeros; left in float")
     return quantized
 
 

@@ -126,7 +126,8 @@ class QuantizationStrategy(CompressionStrategy):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and any(True for _ in pl_module.parameters()):
-            self._check_calibration(self._plans(pl_module)[0])
+            layers, outputs = self._plans(pl_module)
+            self._check_calibration({**layers, **outputs})
             check_nodes(pl_module, self.save_in_nodes, "save_in_nodes")
             check_nodes(pl_module, self.save_out_nodes, "save_out_nodes")
             for format_, options in self._formats().items():
@@ -180,8 +181,8 @@ class QuantizationStrategy(CompressionStrategy):
 
     def _check_calibration(self, plan: Mapping[str, Settings], batches: int | None = None) -> None:
         batches = self.calibration_batches if batches is None else batches
-        rules = {name: settings.activation_rule() for name, settings in plan.items()}
-        blind = next((name for name, rule in rules.items() if rule is not None and rule.calibrated), None)
+        rounding = {name: settings for name, settings in plan.items() if settings.rounds_inputs}
+        blind = next((name for name, settings in rounding.items() if settings.activation_rule().calibrated), None)
         if blind is not None and not batches:
             raise CompressionError(
                 f"{plan[blind].activation_quantize_type} learns in calibration only, and there are no "
@@ -224,7 +225,7 @@ class QuantizationStrategy(CompressionStrategy):
         # What starts later may have learned by then
         check_weights(pl_module, layers, zeros_allowed=self.start_epoch > 0)
         if not evaluate(trainer, pl_module, limit=1):
-            self._check_calibration(layers, batches=0)
+            self._check_calibration({**layers, **outputs}, batches=0)
         if self.save_paths:
             trial = attach(copy.deepcopy(pl_module), layers, outputs).eval()
             trial._trainer = trainer
@@ -292,7 +293,7 @@ class QuantizationStrategy(CompressionStrategy):
 
 def _activation(settings: Settings) -> tuple[str, str]:
     """How values are quantized, as text."""
-    if settings.activation_bits is None:
+    if not settings.rounds_inputs:
         return "as they come", ""
     return str(settings.activation_bits), settings.activation_quantize_type
 

@@ -99,8 +99,8 @@ def transform(
         weight_range: arguments of the weights' range.
         activation_range: arguments of the inputs' range, as ``{"rate": 0.99}``.
         outputs: patterns of the names of modules, of any kind, whose outputs are quantized too, with the inputs' range:
-            those that an addition reads. Without, a layer before an addition has to give floats, and ONNX Runtime and
-            OpenVINO have faster kernels for one that gives integers.
+            those that an addition reads. ONNX Runtime's integer layers give integers, so that a layer whose output
+            nothing rounds runs in float there.
 
     Returns:
         ``model`` itself.
@@ -136,24 +136,18 @@ def attach(model: M, plan: Mapping[str, Settings], outputs: Mapping[str, Setting
     layers = quantizable(model)
     together = Together()
     pairs = {name: _quantizers(layers[name], settings, together) for name, settings in plan.items()}
-    ends = {name: _quantizer(settings) for name, settings in outputs.items()}
+    ends = {name: FakeQuantize(settings.activation_rule()) for name, settings in outputs.items()}
     for name, (weight, inputs) in pairs.items():
         _attach(layers[name], weight, inputs)
     for name, end in ends.items():
-        if end is not None:
-            _attach_output(model.get_submodule(name), end)
+        _attach_output(model.get_submodule(name), end)
     return model
 
 
 def _quantizers(layer: nn.Module, settings: Settings, together: Together) -> tuple[FakeQuantize, FakeQuantize | None]:
     weight = settings.weight_rule(1 if getattr(layer, "transposed", False) else 0)
-    return FakeQuantize(weight, together), _quantizer(settings)
-
-
-def _quantizer(settings: Settings) -> FakeQuantize | None:
-    """One for an input or output, if those are quantized."""
-    rule = settings.activation_rule()
-    return None if rule is None else FakeQuantize(rule)
+    inputs = FakeQuantize(settings.activation_rule()) if settings.rounds_inputs else None
+    return FakeQuantize(weight, together), inputs
 
 
 def _attach(layer: nn.Module, weight: FakeQuantize, inputs: FakeQuantize | None) -> None:

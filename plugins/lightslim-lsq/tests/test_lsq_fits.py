@@ -54,6 +54,21 @@ def test_steps_are_trained_in_the_groups_of_their_weights(tmp_path, optimizer):
     assert saved["callbacks"][strategy.state_key]["ranges"]["net.stem.0.weight_quantizer"]["rule.step"] > 0
 
 
+def test_steps_of_outputs_are_trained_with_the_layer_that_gives_them(tmp_path):
+    class Body(TinyModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.body.parameters(), lr=0.05)
+
+    module, watch = Body(), Watch()
+    watch.on_train_batch_end = lambda _, module, *__: watch.steps.append(
+        {n: width(q.rule) for n, q in quantizers(module)}
+    )
+    trainer(tmp_path, lsq(outputs=["net.stem", "net.body"]), watch).fit(module, *loaders())
+    first, last = watch.steps[len(loaders()[0])], watch.steps[-1]
+    assert first["net.body.3.output_quantizer"] != last["net.body.3.output_quantizer"]
+    assert first["net.stem.2.output_quantizer"] == last["net.stem.2.output_quantizer"], "its layer is not trained"
+
+
 def test_ranges_of_frozen_layers_are_frozen(tmp_path):
     class Head(TinyModule):
         def configure_optimizers(self):
