@@ -44,7 +44,8 @@ def test_points_equal_masking_by_hand_and_a_trainer_on_a_copy(network, tmp_path)
             (metrics,) = by_trainer.validate(copied, data, verbose=False)
             for metric, curves in found.items():
                 assert curves[name]["loss"][point] == whole[metric] - metrics[metric]
-            assert found["val_loss"][name]["loss"][point]
+    changed = [loss != 0 for curve in found["val_loss"].values() for loss in curve["loss"]]
+    assert sum(changed) > len(changed) / 2  # not all: units that a ReLU silences anyway change nothing
 
 
 class WithMetrics(TinyModule):
