@@ -42,11 +42,19 @@ def operators(path, optimized=False):
     return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
-@pytest.mark.parametrize("deploy", ["exact", "x86"])
+WAYS = {
+    "exact": ({}, {"format": "int8"}),
+    "x86": ({"weight_bits": 7}, {"format": "int8", "deploy": "x86"}),
+    "openvino": ({"weight_bits": 7}, {"format": "openvino"}),
+}
+
+
+@pytest.mark.parametrize("deploy", WAYS)
 @pytest.mark.parametrize("name", NETS)
 def test_codes_are_the_fake_quantized_ones_and_outputs_agree(tmp_path, name, deploy):
-    net, x = trained(name, activation_quantize_type=RANGES[list(NETS).index(name) % 2])
-    manifest = export(net, x, tmp_path / "net.onnx", format="int8", deploy=deploy)
+    settings, way = WAYS[deploy]
+    net, x = trained(name, activation_quantize_type=RANGES[list(NETS).index(name) % 2], **settings)
+    manifest = export(net, x, tmp_path / "net.onnx", **way)
     assert manifest["rel_diff"] < (2e-2 if deploy == "x86" else 2e-3)
     assert manifest["argmax_differs"] <= (deploy == "x86")
     for layer, module in quantized_layers(net).items():
@@ -60,6 +68,13 @@ def test_codes_are_the_fake_quantized_ones_and_outputs_agree(tmp_path, name, dep
         signs = (stored.int() * codes).sum(others, keepdim=True).sign().char()
         assert torch.equal(stored, codes * signs), layer
         assert bool((signs == 1).all()) or name != "vit"
+
+
+@pytest.mark.parametrize("way", [{"format": "int8", "deploy": "x86"}, {"format": "openvino"}])
+def test_layers_that_only_vnni_computes_right_are_named(tmp_path, way):
+    net, x = trained("linears", overrides={"plain": {"weight_bits": 7}})
+    with pytest.warns(UserWarning, match=r"only on CPUs with VNNI.*for 2 layers \(first, wide\); with weight_bits 7"):
+        export(net, x, tmp_path / "net.onnx", **way)
 
 
 @pytest.mark.parametrize("weights", ["abs_max", "channel_wise_abs_max"])
@@ -160,7 +175,7 @@ def sequence(ranges, **settings):
 
 @pytest.mark.parametrize("ranges", RANGES[:2])
 def test_onnx_runtime_fuses_whole_layers_into_integer_operations(tmp_path, ranges):
-    net, x = sequence(ranges)
+    net, x = sequence(ranges, weight_bits=7)
     assert export(net, x, tmp_path / "net.onnx", format="int8", deploy="x86")["rel_diff"] < 2e-2
     found = operators(tmp_path / "net.onnx", optimized=True)
     assert (found["QLinearConv"], found["QGemm"]) == (3, 2)
@@ -194,7 +209,7 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("outputs", [(), ("norm2", "shortcut")])
 def test_layers_before_an_addition_are_integer_operations_where_their_outputs_are_quantized(tmp_path, ranges, outputs):
     torch.manual_seed(0)
-    net = transform(Residual(), activation_quantize_type=ranges, outputs=outputs)
+    net = transform(Residual(), weight_bits=7, activation_quantize_type=ranges, outputs=outputs)
     for _ in range(3):
         net(torch.randn(16, 3, 8, 8))
     net, x = net.eval(), torch.randn(64, 3, 8, 8)
@@ -208,7 +223,7 @@ def test_layers_before_an_addition_are_integer_operations_where_their_outputs_ar
 def test_additions_of_what_is_rounded_once_are_integer_operations(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), Skip(), Skip(), nn.Conv2d(3, 4, 1))
-    transform(net, activation_quantize_type="moving_average_min_max", outputs=["1", "[23]", "*.norm"],
+    transform(net, 7, activation_quantize_type="moving_average_min_max", outputs=["1", "[23]", "*.norm"],
               overrides={"[23].conv": {"activation_bits": None}, "4": {"activation_bits": None}})  # fmt: skip
     for _ in range(3):
         net(torch.randn(16, 3, 8, 8))
@@ -230,7 +245,7 @@ def test_exact_layers_are_integer_operations_only_where_16_bits_hold_two_product
 
 @pytest.mark.parametrize("deploy", ["exact", "x86"])
 def test_no_weight_is_decoded_at_each_run(tmp_path, deploy):
-    net, x = trained("squeeze_excite")
+    net, x = trained("squeeze_excite", weight_bits=7)
     export(net, x, tmp_path / "net.onnx", format="int8", deploy=deploy)
     operators(tmp_path / "net.onnx", optimized=True)
     graph = onnx.load(tmp_path / "net.onnx.optimized").graph

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy
 import pytest
 import torch
 from analyses import Chain, Wrapped, analysis_of, conv, loader
@@ -139,6 +140,7 @@ ODD = {
     "nothing": lambda net, x: x,
     "numpy": lambda net, x: x * float(x.numpy().mean()),
     "from numpy": lambda net, x: x + torch.from_numpy(x.numpy() * 2),
+    "numpy in place": lambda net, x: torch.from_numpy(numpy.multiply(x.numpy(), 2, out=x.numpy())) + x,
     "tolist": lambda net, x: x * sum(x.flatten().tolist()),
     "item": lambda net, x: x * x.mean().item(),
     "random": lambda net, x: x + torch.rand_like(x),
@@ -173,6 +175,18 @@ def test_what_is_computed_once_changes_no_bit(kind):
     assert once.evaluation.replaying == (kind in NETS), "only what cannot be proved is computed whole"
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
     assert not module.training or module.net.training
+
+
+def test_memory_that_knows_no_copy_on_write_is_copied(monkeypatch):
+    def refuse(self):
+        raise RuntimeError("no copy on write")
+
+    module, data = Wrapped(randomize(InPlace())), loader(40)
+    shared = analysis_of(module, data).run()[0]
+    monkeypatch.setattr(torch.Tensor, "_lazy_clone", refuse)
+    copied = analysis_of(module, data)
+    assert copied.run()[0] == shared
+    assert copied.evaluation.replaying
 
 
 class Convolutions(TorchDispatchMode):

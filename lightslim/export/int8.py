@@ -33,8 +33,8 @@ def int8(
         opset: of ONNX, 18 to 23.
         dynamic_batch: whether dimension 0 of the inputs may have any size.
         deploy: how the codes are spelled. ``exact``: so that they are right on every CPU in ONNX Runtime; ``x86``: int8
-            weights throughout, faster, right on CPUs with VNNI or with weights of up to 7 bits; ``openvino``;
-            ``tensorrt`` and ``xnnpack``: signed inputs.
+            weights throughout, faster; ``openvino``. Both are right on CPUs with VNNI, and on all with weights of up to
+            7 bits: a warning names the layers that have more. ``tensorrt`` and ``xnnpack``: signed inputs.
 
     Raises:
         CompressionError: nothing is quantized, a weight has more than 8 bits, an option out of bounds, or torch cannot

@@ -36,6 +36,13 @@ class Blank:
         tensor = torch.empty(0, dtype=self.dtype, device=self.device)
         return tensor.set_(storage, 0, self.shape, self.stride)
 
+    def copy(self, storage: torch.UntypedStorage) -> Tensor:
+        """The same with memory of its own, which is copied only when one of the two is written to."""
+        try:
+            return self.over(storage)._lazy_clone()
+        except (NotImplementedError, RuntimeError):  # a device, or memory, that knows no copy on write
+            return self.over(storage.clone())
+
 
 @dataclass(frozen=True)
 class Call:
@@ -65,7 +72,7 @@ class Prefix:
     Attributes:
         calls: its operations.
         sources: the tensors that it did not make itself, in the order in which they came; None for a view of one.
-        contents: the memory that is alive at its end, by number.
+        contents: the memory that is alive at its end, by number; never to be written to.
     """
 
     calls: tuple[Call, ...]

@@ -3,12 +3,13 @@
 A step is any Python, so nothing is known about its layers. What is seen are the tensor operations: up to the first one
 that reads a masked weight they are the same under every mask. Those of one batch are noted once, with the content of
 every tensor that is still alive where they end. From then on each is checked against the note and answered with an
-empty tensor. A living one gets its content when something reads it after that, copied, so that operations in place harm
-nothing.
+empty tensor, or, if it is to live, with one that shares the content noted until somebody writes to it. Where masked units
+are in it, it gets a content of its own, when something reads it after the last known operation.
 """
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -161,11 +162,19 @@ class FastForward(TorchDispatchMode):
             return leaves[item]
         if not isinstance(item, Blank):
             return item
-        tensor = item.make(self.poisoned)
+        content = self.prefix.contents.get(len(self._made))
+        if content is None or self.poisoned or self._holds_masked(len(self._made)):
+            tensor = item.make(self.poisoned)
+        else:
+            tensor, content = item.copy(content), None
         number = self._number(tensor)
-        if number in self.prefix.contents:
+        if content is not None:
             self._waiting[tensor.untyped_storage()._cdata] = number
         return tensor
+
+    def _holds_masked(self, number: int) -> bool:
+        """Whether masked units are in this memory, so that it is another one under each mask."""
+        return self.constants is not None and self.prefix.births[number][0] in self.constants.values
 
     def _number(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -298,8 +307,10 @@ class FastForward(TorchDispatchMode):
         if self.noted.bytes > self.room or not self.calls:
             self.noted = None
         else:
-            copies = {number: storage.clone() for number, storage in contents.items()}
-            self.noted = Prefix(tuple(self.calls), tuple(self.sources), copies)
+            # The step is over, but what it has put somewhere may be written to in the next
+            births = self.noted.births
+            copies = {number: births[number][1].copy(storage).untyped_storage() for number, storage in contents.items()}
+            self.noted = replace(self.noted, contents=copies)
         raise Stop
 
 

@@ -15,7 +15,8 @@ class Encoding:
         clips: where codes that the type has and the grid has not are kept out: among the ``codes``, among the
             ``values`` before they are rounded, or None for not at all where it is one code below the range.
         rounds_bias: a bias may be counted in steps of its layer, if that lets the layer be one integer operation.
-        overflows: the target adds products in 32 bits; else in 16, two at a time, and without a word if they are more.
+        overflows: a layer may be one integer operation even if 16 bits do not hold the sum of two of its products.
+        vnni: the target adds them in 32 bits only with VNNI; else in 16, and without a word if they are more.
         folds: a layer that cannot be one integer operation gets its weight by operations that are worked out once, when
             the file is loaded: ONNX Runtime decodes a DequantizeLinear at each run and packs the weight at each run.
     """
@@ -25,13 +26,14 @@ class Encoding:
     clips: str | None = "codes"
     rounds_bias: bool = False
     overflows: bool = False
+    vnni: bool = False
     folds: bool = False
 
 
 PRESETS = {
     "exact": Encoding(folds=True),
-    "x86": Encoding(rounds_bias=True, overflows=True, folds=True),
-    "openvino": Encoding(clips="values", overflows=True),
+    "x86": Encoding(rounds_bias=True, overflows=True, vnni=True, folds=True),
+    "openvino": Encoding(clips="values", overflows=True, vnni=True),
     "tensorrt": Encoding(signed=True, moves_zero=False, clips=None, overflows=True),
     "xnnpack": Encoding(signed=True, clips=None, rounds_bias=True, overflows=True),
 }

@@ -24,6 +24,16 @@ def whole_layers(graph: ir.Graph, wanted: Wanted, weights: dict[str, Codes], enc
     return found
 
 
+def overflowing(graph: ir.Graph, wanted: Wanted, weights: dict[str, Codes], whole: set[ir.Node]) -> list[str]:
+    """The layers among ``whole`` that are wrong on CPUs without VNNI: 16 bits do not hold two of their products."""
+    found = []
+    for mark, layer in marks(graph, OF_WEIGHT):
+        read = [spelling_of(node, wanted) for node in mark.outputs[0].consumers() if node in whole]
+        if any(spelling is not None and not _fits(spelling, weights[layer]) for spelling in read):
+            found.append(layer)
+    return found
+
+
 def _whole(node: ir.Node, wanted: Wanted, codes: Codes, encoding: Encoding) -> bool:
     spelling = spelling_of(node, wanted)
     if spelling is None or not (encoding.overflows or _fits(spelling, codes)):
