@@ -9,8 +9,8 @@ from experiments.models.layers import he_init, scaled
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution of every second pixel where the shape changes.
 
-    The pixels are picked before it and not by its stride: on CPUs with AVX2, one of fewer than 8 channels that lie channels
-    last writes past its memory in the backward pass (oneDNN issue 6035).
+    The pixels are picked before it and not by its stride: on CPUs with AVX2, one of fewer than 8 channels that lie
+    channels last writes past its memory in the backward pass (oneDNN issue 6035).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:

@@ -1,7 +1,7 @@
 """Fake quantization by plain torch operations: the way of the CPU, and of every device without a kernel of its own."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ HALVES = (torch.float16, torch.bfloat16)
 LEAST = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
 """The smallest positive number: ``value > -LEAST`` is ``value >= 0``."""
 
-PIECE = 2**18
+PIECE = 2**20
 """Elements for each thread: small enough to stay in a cache, large enough to be worth starting the threads for."""
 
 Kept = tuple[Tensor, Tensor, Tensor | None]
@@ -23,8 +23,29 @@ Kept = tuple[Tensor, Tensor, Tensor | None]
 def quantize(x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int | None, clips: bool = True) -> Tensor:
     """``x`` on the grid of its range: one new tensor, then in place; half types are worked out in float32."""
     # An affine grid is moved to hold zero, which takes the far end of its range off by half a step
-    clips = clips or amin is not None
-    grid = grid_of(x, amax, amin, bits, axis)
+    return on_grid(x, grid_of(x, amax, amin, bits, axis), clips or amin is not None)
+
+
+def quantize_many(tensors: Sequence[Tensor], bits: int, axis: int) -> list[Tensor]:
+    """Each tensor on symmetric grids that reach to its largest magnitudes along ``axis``, all worked out at once.
+
+    Args:
+        tensors: float32, none of them empty.
+        bits: width of the integers.
+        axis: the dimension of the channels.
+    """
+    reach = torch.cat([peaks(x, axis) for x in tensors])
+    inverse, step, low, high = tensor_grid(reach, None, bits, reach.dtype)
+    sizes = [x.shape[axis] for x in tensors]
+    grids = zip(inverse.split(sizes), step.split(sizes), strict=True)
+    return [
+        on_grid(x, Grid(along(inverse, x, axis), along(step, x, axis), low, high), clips=False)
+        for x, (inverse, step) in zip(tensors, grids, strict=True)
+    ]
+
+
+def on_grid(x: Tensor, grid: Grid[Any], clips: bool) -> Tensor:
+    """``x`` rounded to ``grid``, and clamped to it if it ``clips``."""
     if fused.compiles(x):
         return fused.quantize(x, grid)
     y = torch.empty_like(x)
@@ -67,12 +88,15 @@ def _pass_piece(symmetric: bool, grad: Tensor, x: Tensor, out: Tensor, lower: Te
         full = x.float()
         out.copy_(grad).masked_fill_((full < lower) | (full > upper), 0)
         return
-    # A threshold on the distance to the bound: half the time of a comparison, a mask and a fill
     if symmetric:
-        distance = torch.abs(x, out=out).neg_().add_(upper)
-    else:
-        grad = torch.ops.aten.threshold_backward(grad, x - lower, -LEAST[x.dtype])
-        distance = torch.sub(upper, x, out=out)
+        # A correctly rounded quotient is above 1 just where ``x`` is above its bound
+        beyond = 1 + torch.finfo(x.dtype).eps
+        share = torch.div(x, upper, out=out)
+        torch.ops.aten.hardtanh_backward.grad_input(grad, share, -beyond, beyond, grad_input=out)
+        return
+    # A threshold on the distance to the bound: half the time of a comparison, a mask and a fill
+    grad = torch.ops.aten.threshold_backward(grad, x - lower, -LEAST[x.dtype])
+    distance = torch.sub(upper, x, out=out)
     torch.ops.aten.threshold_backward.grad_input(grad, distance, -LEAST[x.dtype], grad_input=out)
 
 

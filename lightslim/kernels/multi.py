@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from lightslim.kernels.arguments import check_axis, check_bits, check_values
-from lightslim.kernels.backend import kernels_of, triton_kernels
-from lightslim.kernels.chain import peaks
+from lightslim.kernels.backend import triton_kernels
+from lightslim.kernels.chain import peaks, quantize_many
 from lightslim.kernels.fake_quant import fake_quant
 
 
@@ -39,16 +39,11 @@ def fake_quant_many(tensors: Sequence[Tensor], bits: int = 8, axis: int | None =
         check_values(tensor)
         if axis is not None:
             check_axis(tensor, axis)
-    if torch.compiler.is_compiling() or not _one_launch(tensors, axis):
-        return [_one(tensor, peaks(tensor, axis), bits, axis) for tensor in tensors]
-    return list(FakeQuantMany.apply(bits, *tensors))
-
-
-def _one(x: Tensor, amax: Tensor, bits: int, axis: int | None) -> Tensor:
-    if torch.compiler.is_compiling() or x.requires_grad or type(x) is not Tensor:
-        return fake_quant(x, amax, bits, axis, clips=False)
-    # Without a gradient a Function only costs time, for each weight at each step
-    return kernels_of(x).quantize(x, amax, None, bits, axis, clips=False)
+    if not torch.compiler.is_compiling() and _one_launch(tensors, axis):
+        return list(FakeQuantMany.apply(bits, *tensors))
+    if not torch.compiler.is_compiling() and _one_chain(tensors, axis):
+        return quantize_many(tensors, bits, axis or 0)
+    return [fake_quant(x, peaks(x, axis), bits, axis, clips=False) for x in tensors]
 
 
 class FakeQuantMany(Function):
@@ -66,6 +61,12 @@ class FakeQuantMany(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Nothing was clipped."""
         return None, *grads
+
+
+def _one_chain(tensors: Sequence[Tensor], axis: int | None) -> bool:
+    """Whether their ranges can be worked out together, and without a gradient, for which a Function costs time."""
+    plain = all(type(x) is Tensor and not x.requires_grad and x.numel() for x in tensors)
+    return plain and axis is not None and {(x.device.type, x.dtype) for x in tensors} == {("cpu", torch.float32)}
 
 
 def _one_launch(tensors: Sequence[Tensor], axis: int | None) -> bool:

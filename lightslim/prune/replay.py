@@ -3,8 +3,8 @@
 A step is any Python, so nothing is known about its layers. What is seen are the tensor operations: up to the first one
 that reads a masked weight they are the same under every mask. Those of one batch are noted once, with the content of
 every tensor that is still alive where they end. From then on each is checked against the note and answered with an
-empty tensor, or, if it is to live, with one that shares the content noted until somebody writes to it. Where masked units
-are in it, it gets a content of its own, when something reads it after the last known operation.
+empty tensor, or, if it is to live, with one that shares the content noted until somebody writes to it. Where masked
+units are in it, it gets a content of its own, when something reads it after the last known operation.
 """
 
 import contextlib
