@@ -77,6 +77,16 @@ def test_the_bound_keeps_its_gradient_and_its_neighbour_loses_it(dtype, per_chan
     assert x.grad.tolist() == [[1, 1, 0, 0]]
 
 
+@given(st.lists(st.floats(0, 2.0**126, width=32), min_size=1, max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_so_do_all_bounds_of_channels_down_to_the_smallest(bounds):
+    amax = torch.tensor(bounds)
+    above = torch.nextafter(amax, torch.tensor(torch.inf))
+    x = torch.stack([amax, -amax, above, -above], 1).requires_grad_()
+    fake_quant(x, amax, 8, 0).sum().backward()
+    assert torch.equal(x.grad, torch.tensor([[1.0, 1.0, 0.0, 0.0]]).expand_as(x))
+
+
 @floats
 @pytest.mark.parametrize("shape", [(300, 50), (3, 5_000), (1, 15_000), (15_000,)], ids=str)
 def test_large_tensors_are_worked_on_in_pieces(shape, dtype, monkeypatch):

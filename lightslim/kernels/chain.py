@@ -78,21 +78,31 @@ def straight_through(grad: Tensor, kept: Kept, axis: int | None, strides: tuple[
     if fused.compiles(x):
         return fused.straight_through(grad, x, lower, upper)
     out = torch.empty_like(x)
+    step = _pass_by_quotient if amin is None and x.dtype not in HALVES and _divides(upper) else _pass_by_distance
     for operands in pieces(grad, x, out, lower, upper):
-        _pass_piece(amin is None, *operands)
+        step(*operands)
     return out
 
 
-def _pass_piece(symmetric: bool, grad: Tensor, x: Tensor, out: Tensor, lower: Tensor, upper: Tensor) -> None:
+def _divides(upper: Tensor) -> bool:
+    """Whether no quotient by a bound is NaN that should not be."""
+    if not upper.numel():
+        return False
+    low, high = torch.aminmax(upper)
+    return low.item() > 0 and high.item() < math.inf
+
+
+def _pass_by_quotient(grad: Tensor, x: Tensor, out: Tensor, lower: Tensor, upper: Tensor) -> None:
+    # A correctly rounded quotient is above 1 just where ``x`` is above its bound
+    beyond = 1 + torch.finfo(x.dtype).eps
+    share = torch.div(x, upper, out=out)
+    torch.ops.aten.hardtanh_backward.grad_input(grad, share, -beyond, beyond, grad_input=out)
+
+
+def _pass_by_distance(grad: Tensor, x: Tensor, out: Tensor, lower: Tensor, upper: Tensor) -> None:
     if x.dtype in HALVES:
         full = x.float()
         out.copy_(grad).masked_fill_((full < lower) | (full > upper), 0)
-        return
-    if symmetric:
-        # A correctly rounded quotient is above 1 just where ``x`` is above its bound
-        beyond = 1 + torch.finfo(x.dtype).eps
-        share = torch.div(x, upper, out=out)
-        torch.ops.aten.hardtanh_backward.grad_input(grad, share, -beyond, beyond, grad_input=out)
         return
     # A threshold on the distance to the bound: half the time of a comparison, a mask and a fill
     grad = torch.ops.aten.threshold_backward(grad, x - lower, -LEAST[x.dtype])
