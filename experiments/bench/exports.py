@@ -56,18 +56,22 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {"mobilenet_v2": mob
 
 
 def additions(net: nn.Module) -> dict[str, Any]:
-    """Settings that round what residual additions read and give, once: layers behind them take it as it comes."""
+    """Settings that round what additions and poolings read and give, once: layers behind them take it as it comes."""
     outputs: list[str] = []
     fed: list[str] = []
     for name, block in net.named_modules():
         first = not outputs  # what it reads is not rounded yet
-        if isinstance(block, InvertedResidual):
+        if isinstance(block, nn.MaxPool2d):
+            outputs.append(name)
+        elif isinstance(block, InvertedResidual):
             outputs += [name, *([f"{name}.bn3"] if block.residual else [])]
             fed += [f"{name}.expand"] if not first else []
         elif isinstance(block, ResidualBlock):
             cut = not isinstance(block.skip, nn.Identity)
             outputs += [name, f"{name}.body", *([f"{name}.skip"] if cut else [])]
             fed += [f"{name}.body.0", *([f"{name}.skip.0"] if cut else [])] if not first else []
+    if isinstance(net, MobileNetV2):
+        outputs.append("bn2")
     return {"outputs": outputs, "overrides": {name: {"activation_bits": None} for name in fed}}
 
 
