@@ -152,6 +152,14 @@ def test_many_at_once_equals_one_by_one(axis):
     assert fake_quant_many([]) == []
 
 
+@pytest.mark.parametrize("axis", [0, -1, None])
+def test_many_at_once_without_a_gradient_equal_one_by_one(axis):
+    weights = [sample(s, seed=i) for i, s in enumerate([(40, 9), (3, 5, 2), (7,), (2, 60)])]
+    weights.append(torch.zeros(3, 4))
+    for x, y in zip(weights, fake_quant_many(weights, 4, axis), strict=True):
+        assert torch.equal(y.view(torch.int32), fake_quant(x, peaks(x, axis), 4, axis).view(torch.int32))
+
+
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(-4, 3), st.sampled_from(FLOATS))
 def test_norms(shape, dim, dtype):
     dim = max(-len(shape), min(dim, len(shape) - 1))

@@ -26,17 +26,17 @@ def quantize(x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int 
     return on_grid(x, grid_of(x, amax, amin, bits, axis), clips or amin is not None)
 
 
-def quantize_many(tensors: Sequence[Tensor], bits: int, axis: int) -> list[Tensor]:
+def quantize_many(tensors: Sequence[Tensor], bits: int, axis: int | None) -> list[Tensor]:
     """Each tensor on symmetric grids that reach to its largest magnitudes along ``axis``, all worked out at once.
 
     Args:
         tensors: float32, none of them empty.
         bits: width of the integers.
-        axis: the dimension of the channels.
+        axis: the dimension of the channels; None for one range of all of a tensor.
     """
-    reach = torch.cat([peaks(x, axis) for x in tensors])
+    reach = torch.cat([peaks(x, axis).reshape(-1) for x in tensors])
     inverse, step, low, high = tensor_grid(reach, None, bits, reach.dtype)
-    sizes = [x.shape[axis] for x in tensors]
+    sizes = [1 if axis is None else x.shape[axis] for x in tensors]
     grids = zip(inverse.split(sizes), step.split(sizes), strict=True)
     return [
         on_grid(x, Grid(along(inverse, x, axis), along(step, x, axis), low, high), clips=False)
@@ -78,9 +78,9 @@ def straight_through(grad: Tensor, kept: Kept, axis: int | None, strides: tuple[
     if fused.compiles(x):
         return fused.straight_through(grad, x, lower, upper)
     out = torch.empty_like(x)
-    step = _pass_by_quotient if amin is None and x.dtype not in HALVES and _divides(upper) else _pass_by_distance
+    passing = _pass_by_quotient if amin is None and x.dtype not in HALVES and _divides(upper) else _pass_by_distance
     for operands in pieces(grad, x, out, lower, upper):
-        step(*operands)
+        passing(*operands)
     return out
 
 

@@ -41,8 +41,8 @@ def fake_quant_many(tensors: Sequence[Tensor], bits: int = 8, axis: int | None =
             check_axis(tensor, axis)
     if not torch.compiler.is_compiling() and _one_launch(tensors, axis):
         return list(FakeQuantMany.apply(bits, *tensors))
-    if not torch.compiler.is_compiling() and _one_chain(tensors, axis):
-        return quantize_many(tensors, bits, axis or 0)
+    if not torch.compiler.is_compiling() and _one_chain(tensors):
+        return quantize_many(tensors, bits, axis)
     return [fake_quant(x, peaks(x, axis), bits, axis, clips=False) for x in tensors]
 
 
@@ -63,10 +63,10 @@ class FakeQuantMany(Function):
         return None, *grads
 
 
-def _one_chain(tensors: Sequence[Tensor], axis: int | None) -> bool:
+def _one_chain(tensors: Sequence[Tensor]) -> bool:
     """Whether their ranges can be worked out together, and without a gradient, for which a Function costs time."""
     plain = all(type(x) is Tensor and not x.requires_grad and x.numel() for x in tensors)
-    return plain and axis is not None and {(x.device.type, x.dtype) for x in tensors} == {("cpu", torch.float32)}
+    return plain and {(x.device.type, x.dtype) for x in tensors} == {("cpu", torch.float32)}
 
 
 def _one_launch(tensors: Sequence[Tensor], axis: int | None) -> bool:
