@@ -1,5 +1,6 @@
 """The benchmarks: how they measure, and that all of them run and stand in one table."""
 
+import copy
 import doctest
 import importlib
 import math
@@ -10,11 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.bench import paired, scale, table
+from experiments.bench import agreement, paired, scale, table
 from experiments.bench.__main__ import BENCHES
+from lightslim.export import export
+from lightslim.quantize import transform
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,3 +99,30 @@ def test_one_command_runs_all_and_writes_one_table(tmp_path):
         assert min(float(value.split()[0].replace(",", "")) for value in (ours, other)) >= 0
     assert all(any("A/A" in line[-1] for line in lines if line[0].startswith(f"{name}:")) for name in BENCHES)
     assert "torch 2" in text.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    torch.manual_seed(0)
+    net, data = transform(agreement.Mixed()), [(torch.randn(8, 1, 28, 28), torch.zeros(8)) for _ in range(2)]
+    for x, _ in data:
+        net(x)
+    path = tmp_path_factory.mktemp("agreement") / "net.onnx"
+    export(net.eval(), data[0][0], path, format="int8")
+    return net, path, data
+
+
+def test_codes_of_a_file_are_compared_with_the_models(exported):
+    net, path, data = exported
+    assert all(agreement.equal_codes(net, path))
+    differing, total = agreement.codes_apart(net, path, data)
+    assert differing < total / 100
+
+
+def test_a_file_of_other_codes_is_seen(exported):
+    net, path, data = exported
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        dict(other.named_parameters())["left.0.weight"][0, 0, 0, 0].add_(0.1)
+    assert not all(agreement.equal_codes(other, path))
+    assert agreement.codes_apart(other, path, data)[0] > agreement.codes_apart(net, path, data)[0]

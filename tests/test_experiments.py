@@ -10,6 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from torch import nn
 
 from experiments import data, idx
 from experiments.data import Digits, FashionMNIST, find_fashion
@@ -320,3 +321,11 @@ def test_examples_run(module):
     found = doctest.testmod(importlib.import_module(f"experiments.{module}"))
     assert found.attempted > 0
     assert found.failed == 0
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_no_network_has_the_convolutions_that_onednn_writes_past_its_memory_for(network):
+    strided = [
+        child for child in NETWORKS[network]().modules() if isinstance(child, nn.Conv2d) and child.stride != (1, 1)
+    ]
+    assert all(child.kernel_size != (1, 1) for child in strided)

@@ -10,6 +10,7 @@ from nets import randomize
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightslim.prune.prefix import Blank
 from lightslim.prune.unitwise import chains
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*val_dataloader.*")
@@ -175,6 +176,16 @@ def test_what_is_computed_once_changes_no_bit(kind):
     assert once.evaluation.replaying == (kind in NETS), "only what cannot be proved is computed whole"
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
     assert not module.training or module.net.training
+
+
+def test_what_a_step_resumes_from_is_shared_until_it_is_written_to():
+    content = torch.randn(2, 3)
+    before, blank = content.clone(), Blank((2, 3), (3, 1), content.dtype, content.device)
+    shared = blank.copy(content.untyped_storage())
+    assert torch._C._data_address(shared) == torch._C._data_address(content)
+    shared.mul_(2)
+    assert torch.equal(content, before)
+    assert torch.equal(shared, 2 * before)
 
 
 def test_memory_that_knows_no_copy_on_write_is_copied(monkeypatch):

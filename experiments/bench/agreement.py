@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from experiments.bench.scale import Block
 from experiments.bench.table import foot, markdown
 from experiments.data import FashionMNIST
 from experiments.models import MobileNetV1, MobileNetV2, ResNet20
@@ -36,33 +37,13 @@ COLUMNS = ("network", "accuracy %", "runtime", "accuracy %", "relative norm", "p
 BATCH = 128
 
 
-class Attention(nn.Module):
-    """A block of a transformer."""
-
-    def __init__(self, width: int, heads: int = 4) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.norm2, self.wide, self.narrow = (
-            nn.LayerNorm(width),
-            nn.Linear(width, 2 * width),
-            nn.Linear(2 * width, width),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens to tokens."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).movedim(2, 0).transpose(2, 3)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.narrow(F.gelu(self.wide(self.norm2(x))))
-
-
 class SmallViT(nn.Module):
     """Patches of 4 by 4, three blocks."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.patches, self.position = nn.Conv2d(1, width, 4, 4), nn.Parameter(torch.randn(1, 49, width) / 10)
-        self.blocks, self.head = nn.Sequential(*(Attention(width) for _ in range(3))), nn.Linear(width, 10)
+        self.blocks, self.head = nn.Sequential(*(Block(width) for _ in range(3))), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to the scores of each class."""

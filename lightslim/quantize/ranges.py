@@ -78,7 +78,7 @@ class Range(nn.Module):
         """The range to round ``x`` to where it does not depend on ``x``, symmetric; the default is that it does."""
         return None
 
-    def learn(self, peak: Tensor | float) -> None:
+    def learn(self, peak: Tensor) -> None:
         """Take in the largest magnitude of a tensor that was rounded to what :meth:`before` gave."""
 
     def agreed(self) -> list[Tensor]:
@@ -150,10 +150,10 @@ class MovingAverageAbsMax(Range):
         """The bounds, after learning from ``x`` in training mode."""
         if not self.training or not x.numel():
             return Bounds(self.amax)
-        peak = peak_of(x)
+        peak = self.magnitude(x)
         self.learn(peak)
         # A copy: the backward pass needs it as it is now
-        return Bounds(self.amax.clone(), clips=may_exceed(peak, self.amax))
+        return Bounds(self.amax.clone(), clips=may_exceed(number(peak), self.amax))
 
     def before(self, x: Tensor) -> Tensor | None:
         """The range to round to if it is ``delayed``; :meth:`learn` is then called with the magnitude."""
@@ -161,9 +161,9 @@ class MovingAverageAbsMax(Range):
         self._started = self._started or (self.delayed and bool(self.state > 0))
         return self.amax.clone() if self.delayed and self._started and self.training and x.numel() else None
 
-    def learn(self, peak: Tensor | float) -> None:
+    def learn(self, peak: Tensor) -> None:
         """Take in the largest magnitude of one more tensor."""
-        average(self.amax, peak if isinstance(peak, float) else number(peak), advance(self.state, self.rate))
+        average(self.amax, number(peak), advance(self.state, self.rate))
 
 
 class MovingAverageMinMax(Range):
@@ -197,11 +197,11 @@ class MovingAverageMinMax(Range):
     def forward(self, x: Tensor) -> Bounds:
         """The bounds, after learning from ``x`` in training mode."""
         if self.training and x.numel():
-            low, high = ends(x)
+            low, high = torch.aminmax(x.detach())
             state = advance(self.state, self.rate)
             # Zero times what is not finite is NaN: an end that is not finite keeps the other from teaching
-            average(self.amax, high + 0 * low, state)
-            average(self.negative_amin, -low + 0 * high, state)
+            average(self.amax, number(high + 0 * low), state)
+            average(self.negative_amin, number(-low + 0 * high), state)
         return Bounds(self.amax.clone(), -self.negative_amin)
 
 
@@ -244,25 +244,6 @@ class RangeAbsMax(Range):
 def number(value: Tensor) -> Tensor | float:
     """``value`` as a Python number where reading it stops nothing: tiny tensor operations cost more than all else."""
     return value if torch.compiler.is_compiling() or value.device.type != "cpu" else value.item()
-
-
-def ends(x: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """The smallest and the largest value in ``x``, without gradient, as :func:`number` gives them.
-
-    Example:
-        >>> ends(torch.tensor([1.0, -3.0]))
-        (-3.0, 1.0)
-    """
-    low, high = torch.aminmax(x.detach())
-    return number(low), number(high)
-
-
-def peak_of(x: Tensor) -> Tensor | float:
-    """The largest magnitude in ``x``, likewise."""
-    low, high = ends(x)
-    if isinstance(low, Tensor) and isinstance(high, Tensor):
-        return torch.maximum(-low, high)
-    return max(-low, high)
 
 
 def advance(state: Tensor, rate: float) -> Tensor | float:
