@@ -4,6 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from lightslim_lsq import LearnedStepSize
+from lightslim_lsq.range import LEAST
 
 from lightslim import QuantizationStrategy, UniformPruneStrategy
 from lightslim.quantize import quantizers
@@ -51,7 +52,9 @@ def test_steps_are_trained_in_the_groups_of_their_weights(tmp_path, optimizer):
     fit.save_checkpoint(tmp_path / "x.ckpt")
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == set(TinyModule().state_dict())
-    assert saved["callbacks"][strategy.state_key]["ranges"]["net.stem.0.weight_quantizer"]["rule.step"] > 0
+    kept = saved["callbacks"][strategy.state_key]["ranges"]["net.stem.0.weight_quantizer"]
+    # What the optimizer last wrote, from which the next use takes what is not too small
+    assert max(kept["rule.step"], kept["rule.first"] * LEAST) == pytest.approx(last["net.stem.0.weight_quantizer"])
 
 
 def test_steps_of_outputs_are_trained_with_the_layer_that_gives_them(tmp_path):
@@ -106,7 +109,7 @@ def test_an_average_of_the_weights_averages_the_steps(tmp_path):
 
     class Look(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
-            self.steps = {n: q.rule.step.item() for n, q in quantizers(average._average_model.module)}
+            self.steps = {n: width(q.rule) for n, q in quantizers(average._average_model.module)}
 
     module, average, look = TinyModule("adam"), EMAWeightAveraging(decay=0.9), Look()
     trainer(tmp_path, lsq(), look, average).fit(module, *loaders())
