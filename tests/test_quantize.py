@@ -134,6 +134,7 @@ def test_layers_can_be_skipped_and_set_apart():
         ({"outputs": ["stem"], "activation_bits": None}, "activation_bits is None"),
         ({"outputs": ["empty"]}, "outputs: empty is a Sequential: name the module in it"),
         ({"outputs": ["stem.9"]}, "outputs: 'stem.9' matches none"),
+        ({"outputs": "auto"}, "'auto' has to see the model run"),
     ],
 )
 def test_bad_settings_leave_the_model_alone(arguments, message):

@@ -54,10 +54,17 @@ def test_training_goes_on_and_checkpoints_stay_plain(tmp_path, optimizer, argume
     assert repr(module.net) == repr(TinyNet()), "nothing of ours is left after the fit"
 
 
-def test_resume_goes_on_with_the_learned_ranges(tmp_path):
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"outputs": ["net.stem", "net.body.3"], "overrides": {"net.body.0": {"activation_bits": None}}},
+        {"outputs": "auto"},
+    ],
+)
+def test_resume_goes_on_with_the_learned_ranges(tmp_path, arguments):
     def fit(checkpoint=None):
         pl.seed_everything(0)
-        strategy = quantized(outputs=["net.stem", "net.body.3"], overrides={"net.body.0": {"activation_bits": None}})
+        strategy = quantized(**arguments)
         module = TinyModule("adam")
         module.net.head[2].p = 0.0
         saver = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
@@ -229,6 +236,8 @@ class Spare(TinyNet):
         ({"skip": ["*"]}, TinyNet, "nothing to quantize"),
         ({"metric_name": "val_ac"}, TinyNet, "did you mean 'val_acc'"),
         ({"outputs": ["net.bdy"]}, TinyNet, "outputs: 'net.bdy' matches none of .* nearest: net.body"),
+        ({"outputs": "net.stem"}, TinyNet, "outputs is 'net.stem'; it takes a list of patterns, or 'auto'"),
+        ({"outputs": "auto", "activation_bits": None}, TinyNet, "activation_bits is None"),
         ({"outputs": ["net.spare"]}, Spare, "outputs: the step never calls net.spare"),
         ({"outputs": ["net.spare"]}, lambda: Spare(called=True), "outputs: net.spare gives a tuple"),
     ],

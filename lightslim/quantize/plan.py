@@ -2,9 +2,9 @@
 
 import inspect
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -14,7 +14,10 @@ from lightslim.errors import CompressionError, did_you_mean
 from lightslim.patterns import select
 from lightslim.quantize.layers import Mixin
 from lightslim.quantize.ranges import Range
+from lightslim.quantize.wiring import Between
 from lightslim.registry import registry
+
+Outputs = Literal["auto"] | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,6 @@ def plan_layers(
 def plan_outputs(model: nn.Module, common: Settings, outputs: Sequence[str]) -> dict[str, Settings]:
     """Which modules have their outputs quantized, and how; see ``transform`` for the arguments and errors."""
     modules = {name: child for name, child in model.named_modules() if name}
-    if outputs and not common.rounds_inputs:
-        raise CompressionError("outputs have the bits of inputs, and activation_bits is None")
     names = [_last(name, modules) for pattern in outputs for name in select(pattern, modules, "outputs")]
     for name in names:
         if isinstance(modules[name], Mixin):
@@ -120,6 +121,43 @@ def _last(name: str, modules: Mapping[str, nn.Module]) -> str:
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         raise CompressionError(f"outputs: {name} is a {type(module).__name__}: name the module in it that comes last")
     return name
+
+
+def plan_model(
+    model: nn.Module,
+    common: Settings,
+    skip: Sequence[str],
+    overrides: Mapping[str, Mapping[str, Any]],
+    outputs: Outputs,
+    look: Callable[[Collection[str]], Between],
+) -> tuple[dict[str, Settings], dict[str, Settings]]:
+    """How the layers of a model are quantized, and how the outputs of modules; see ``transform`` and ``quantize``.
+
+    Args:
+        model: not quantized yet.
+        common: what holds where nothing else is said.
+        skip: patterns of layers.
+        overrides: layers that round their inputs in their own way do so even where these come rounded.
+        outputs: patterns of modules; or "auto", to have them found.
+        look: finds them, given the names of the layers.
+
+    Raises:
+        CompressionError: see ``transform``.
+    """
+    layers = plan_layers(model, common, skip, overrides)
+    if outputs and not common.rounds_inputs:
+        raise CompressionError("outputs have the bits of inputs, and activation_bits is None")
+    if isinstance(outputs, str) and outputs != "auto":
+        raise CompressionError(f"outputs is {outputs!r}; it takes a list of patterns, or 'auto'")
+    if outputs != "auto":
+        return layers, plan_outputs(model, common, outputs)
+    found = look(layers)
+    inputs = common.activation_bits, common.activation_quantize_type, common.activation_range
+    for name in found.fed:
+        own = layers[name]
+        if (own.activation_bits, own.activation_quantize_type, own.activation_range) == inputs:
+            layers[name] = replace(own, activation_bits=None)
+    return layers, dict.fromkeys(found.outputs, common)
 
 
 def _changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:

@@ -5,6 +5,8 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +15,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightslim.errors import CompressionError
-from lightslim.quantize.transform import FakeQuantize, detach, quantized_values, quantizers, transform, watching
+from lightslim.quantize.plan import Outputs, Settings, check_weights, plan_model
+from lightslim.quantize.transform import FakeQuantize, attach, detach, quantized_values, quantizers, watching
+from lightslim.quantize.wiring import between
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -32,7 +36,7 @@ def quantize(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     weight_range: Mapping[str, Any] | None = None,
     activation_range: Mapping[str, Any] | None = None,
-    outputs: Sequence[str] = (),
+    outputs: Outputs = (),
 ) -> M:
     """A quantized copy of a trained model, its input ranges chosen on batches of real data; no training, no labels.
 
@@ -53,7 +57,8 @@ def quantize(
         overrides: see :func:`transform`.
         weight_range: see :func:`transform`.
         activation_range: see :func:`transform`, as in ``{"percentile": 99.9}``.
-        outputs: see :func:`transform`.
+        outputs: see :func:`transform`; or "auto" for all that lets convolutions, and additions and concatenations of
+            what they give, run in integers. Layers that read such an output do not round it again.
 
     Returns:
         A copy of ``model`` in evaluation mode. Layers that no batch reached, or only with zeros, stay in float, which a
@@ -70,9 +75,19 @@ def quantize(
         True
     """
     quantized = copy.deepcopy(model).eval()
-    transform(quantized, weight_bits, activation_bits, weight_quantize_type, activation_quantize_type, skip, overrides,
-              weight_range, activation_range, outputs)  # fmt: skip
-    calibrate(quantized, lambda: _run_all(quantized, itertools.islice(loader, batches), forward or _call))
+    common = Settings(weight_bits, activation_bits, weight_quantize_type, activation_quantize_type,
+                      weight_range or {}, activation_range or {})  # fmt: skip
+    drawn = itertools.islice(loader, batches)
+    first = list(itertools.islice(drawn, 1))
+
+    def run(within: AbstractContextManager[None]) -> None:
+        with torch.no_grad(), within:
+            _run_all(quantized, first, forward or _call)
+
+    plan, ends = plan_model(quantized, common, skip, overrides or {}, outputs, partial(between, quantized, run))
+    check_weights(quantized, plan)
+    attach(quantized, plan, ends)
+    calibrate(quantized, lambda: _run_all(quantized, itertools.chain(first, drawn), forward or _call))
     values = quantized_values(quantized)
     blind = list(dict.fromkeys(name for name, module, _, role in values if not _has_seen(getattr(module, role))))
     for name in blind:
@@ -92,7 +107,7 @@ def calibrate(model: nn.Module, run: Callable[[], Any]) -> None:
         run()
 
 
-def _run_all(model: M, batches: Iterator[Any], forward: Callable[[M, Any], Any]) -> None:
+def _run_all(model: M, batches: Iterable[Any], forward: Callable[[M, Any], Any]) -> None:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     count = 0
     for count, batch in enumerate(batches, 1):  # noqa: B007

@@ -15,10 +15,11 @@ from lightslim.errors import CompressionError
 from lightslim.infit import averaged_copies, evaluate, logged_names, probe_of, train_beside
 from lightslim.quantize.analysis import check_outputs, signal_to_noise, unreached
 from lightslim.quantize.numbers import fill, in_steps, numbers, trained, unsaved
-from lightslim.quantize.plan import Settings, check_nodes, check_weights, plan_layers, plan_outputs
+from lightslim.quantize.plan import Outputs, Settings, check_nodes, check_weights, plan_layers, plan_model
 from lightslim.quantize.posttraining import calibrate
 from lightslim.quantize.ranges import Range
 from lightslim.quantize.transform import FakeQuantize, attach, quantized_layers, quantizers, untransform, watching
+from lightslim.quantize.wiring import Between, between
 from lightslim.registry import registry
 from lightslim.steps import forward_probe
 from lightslim.strategy import CompressionStrategy, changed_metrics, check_metric
@@ -49,7 +50,8 @@ class QuantizationStrategy(CompressionStrategy):
         weight_range: arguments of the weights' range.
         activation_range: arguments of the inputs' range, as ``{"rate": 0.99}``.
         calibration_batches: validation batches that the ranges see before the first step.
-        outputs: patterns of names of modules whose outputs are quantized too: those that an addition reads.
+        outputs: patterns of names of modules whose outputs are quantized too: those that an addition reads. Or "auto",
+            see :func:`quantize`.
         metric_name: a metric that the module logs, shown before and after.
         name: tells strategies of one class apart.
 
@@ -83,7 +85,7 @@ class QuantizationStrategy(CompressionStrategy):
         weight_range: Mapping[str, Any] | None = None,
         activation_range: Mapping[str, Any] | None = None,
         calibration_batches: int = 8,
-        outputs: Sequence[str] = (),
+        outputs: Outputs = (),
         metric_name: str | None = None,
         name: str | None = None,
     ) -> None:
@@ -102,20 +104,26 @@ class QuantizationStrategy(CompressionStrategy):
         self.save_in_nodes, self.save_out_nodes = save_in_nodes, save_out_nodes
         self.export_options = dict(export_options or {})
         self.calibration_batches = calibration_batches
-        self.outputs = tuple(outputs)
+        self.outputs: Outputs = outputs if isinstance(outputs, str) else tuple(outputs)
         self.metric_name = metric_name
         self._quantizers: dict[str, FakeQuantize] = {}
         self._layers: Mapping[str, nn.Module] = {}
         self._ranges: Mapping[str, Mapping[str, Tensor]] = {}
+        self._between = Between()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "ranges": self.ranges()}
+        between = {name: list(names) for name, names in vars(self._between).items()}
+        return {**super().state_dict(), "ranges": self.ranges(), "between": between}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._ranges = state_dict["ranges"]
+        self._learn_from(state_dict)
+
+    def _learn_from(self, state: Mapping[str, Any]) -> None:
+        self._ranges = state["ranges"]
+        self._between = Between(**{name: tuple(names) for name, names in state["between"].items()})
 
     def ranges(self) -> Mapping[str, Mapping[str, Tensor]]:
         """What the ranges have learned: quantizer name to its numbers."""
@@ -161,8 +169,14 @@ class QuantizationStrategy(CompressionStrategy):
 
     def _plans(self, module: nn.Module) -> tuple[dict[str, Settings], dict[str, Settings]]:
         """How the layers of ``module`` are quantized, and the outputs."""
-        layers = plan_layers(module, self.settings, self.skip, self.overrides)
-        return layers, plan_outputs(module, self.settings, self.outputs)
+        return plan_model(module, self.settings, self.skip, self.overrides, self.outputs, lambda _: self._between)
+
+    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+        """Find what there is to round between layers, where that was left to us."""
+        if self.outputs == "auto":
+            probe = forward_probe(module, deploy.forward_inputs(trainer, module))
+            layers = plan_layers(module, self.settings, self.skip, self.overrides)
+            self._between = between(module, lambda within: probe.run(within=within), layers)
 
     def _formats(self) -> dict[str, dict[str, Any]]:
         """The formats asked for, each with its options; only those that hold a program can be cut."""
@@ -197,7 +211,7 @@ class QuantizationStrategy(CompressionStrategy):
             return
         self._disarm(trainer, pl_module)
         if state["begun"]:
-            self._ranges = state["ranges"]
+            self._learn_from(state)
             self._arm(trainer, pl_module)
 
     def _arm(self, trainer: Trainer, module: nn.Module) -> None:
@@ -220,6 +234,7 @@ class QuantizationStrategy(CompressionStrategy):
     @override
     def rehearse(self, trainer: Trainer, pl_module: LightningModule) -> str:
         check_metric(self.metric_name, logged_names(trainer, pl_module, probe_of(trainer, pl_module)))
+        self._look(trainer, pl_module)
         layers, outputs = self._plans(pl_module)
         check_outputs(probe_of(trainer, pl_module), pl_module, outputs)
         # What starts later may have learned by then
@@ -239,6 +254,7 @@ class QuantizationStrategy(CompressionStrategy):
     @override
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         before = evaluate(trainer, pl_module)
+        self._look(trainer, pl_module)
         self._arm(trainer, pl_module)
         rules = [quantizer.rule for quantizer in self._quantizers.values()]
         with watching(pl_module):

@@ -2,12 +2,13 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lightslim.errors import CompressionError
 from lightslim.kernels import fake_quant_and_peak
 from lightslim.quantize.layers import (
     INPUT,
@@ -19,7 +20,7 @@ from lightslim.quantize.layers import (
     mixins_of,
     swap,
 )
-from lightslim.quantize.plan import Settings, check_weights, plan_layers, plan_outputs, quantizable
+from lightslim.quantize.plan import Settings, check_weights, plan_model, quantizable
 from lightslim.quantize.ranges import Range
 from lightslim.quantize.together import Together
 
@@ -125,10 +126,13 @@ def transform(
         weight_range or {},
         activation_range or {},
     )
-    plan = plan_layers(model, common, skip, overrides or {})
-    ends = plan_outputs(model, common, outputs)
+    plan, ends = plan_model(model, common, skip, overrides or {}, outputs, _unseen)
     check_weights(model, plan)
     return attach(model, plan, ends)
+
+
+def _unseen(layers: Collection[str]) -> NoReturn:
+    raise CompressionError("outputs: 'auto' has to see the model run, as quantize and QuantizationStrategy do")
 
 
 def attach(model: M, plan: Mapping[str, Settings], outputs: Mapping[str, Settings]) -> M:

@@ -68,6 +68,7 @@ def with_integers(module: fx.GraphModule, deploy: str) -> fx.GraphModule:
         if kind_of(layer.node) in ONE_DIMENSION:
             _as_image(edit, layer)
     _share_rounding(edit)
+    _part_decoding(edit)
     for node in list(edit.graph.nodes):
         if kind_of(node) == ROUND:
             spell_as_int8(edit, node)
@@ -128,6 +129,13 @@ def _share_rounding(edit: Edit) -> None:
         if kind_of(node) == ROUND and seen.setdefault(node.args, node) is not node:
             node.replace_all_uses_with(seen[node.args])
             edit.graph.erase_node(node)
+
+
+def _part_decoding(edit: Edit) -> None:
+    # For each reader: lowering leaves it out for a layer of integers, though another reader may compute in float
+    for node in list(edit.graph.nodes):
+        for reader in list(node.users)[1:] if kind_of(node) == UNROUND else ():
+            reader.replace_input_with(node, edit.call(reader, UNROUND, *node.args))
 
 
 def _spelling(layer: Layer, deploy: str) -> Callable[[Edit, Layer], None]:

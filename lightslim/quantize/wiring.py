@@ -1,0 +1,199 @@
+"""Which values to round besides the inputs of layers, so that what a runtime computes in integers stays in integers.
+
+A runtime's integer convolution gives integers: one whose output nothing rounds runs in float, and so does an addition
+of what is not rounded. One run of the model shows who gives a value and who reads it.
+"""
+
+import contextlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightslim.steps import tensors_in
+
+_CONVOLUTION, _PRODUCT = "a convolution", "a product of matrices"
+_JOINTS = {"add", "add_", "cat"}
+# What runtimes fold into a convolution, and what they do to integers as well as to floats
+_NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+          "miopen_batch_norm"}  # fmt: skip
+_FOLLOWERS = {"relu", "relu_", "hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_min_", "view",
+              "_unsafe_view", "permute", "transpose", "clone", "max_pool2d_with_indices"}  # fmt: skip
+
+
+@dataclass(eq=False)
+class Value:
+    """What a tensor holds until something writes to it.
+
+    Attributes:
+        readers: the ops that read it.
+        givers: the names of the modules that return it, the innermost first.
+    """
+
+    readers: list["Op"] = field(default_factory=list)
+    givers: list[str] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Op:
+    """A call of a quantized layer as a whole, with its name, or an ATen op outside of those."""
+
+    kind: str
+    layer: str
+    inputs: list[Value]
+    outputs: list[Value]
+
+
+class Wiring(TorchDispatchMode):
+    """Watches a run of a model.
+
+    Attributes:
+        ops: what was done, in order.
+        calls: how many times each module was called, by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[Op] = []
+        self.calls: Counter[str] = Counter()
+        self._values = WeakTensorKeyDictionary()
+        self._read: list[list[Value]] = []
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module, layers: Collection[str]) -> Iterator[None]:
+        """Watch what ``model`` does inside; a call of one of ``layers`` is one op."""
+        with contextlib.ExitStack() as stack:
+            for name, module in model.named_modules():
+                if name in layers:
+                    stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+                    stack.callback(module.register_forward_hook(self._leaving(name)).remove)
+                stack.callback(module.register_forward_hook(self._giving(name)).remove)
+            yield stack.enter_context(self)
+
+    def _enter(self, _: nn.Module, inputs: Any, named: Any) -> None:
+        self._read.append(self._known([inputs, named]))
+
+    def _leaving(self, name: str) -> Callable[..., None]:
+        def leave(layer: nn.Module, _: Any, output: Any) -> None:
+            self._note(_CONVOLUTION if isinstance(layer, _ConvNd) else _PRODUCT, name, self._read.pop(), output)
+
+        return leave
+
+    def _giving(self, name: str) -> Callable[..., None]:
+        def give(_: nn.Module, __: Any, output: Any) -> None:
+            self.calls[name] += 1
+            # Only a single tensor can be rounded, but all that the model returns counts as its own
+            for value in self._known(output) if not name or isinstance(output, Tensor) else ():
+                value.givers.append(name)
+
+        return give
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._read:
+            return func(*args, **(kwargs or {}))
+        inputs = self._known([args, kwargs])
+        out = func(*args, **(kwargs or {}))
+        self._note(func.overloadpacket.__name__, "", inputs, out)
+        return out
+
+    def _known(self, tree: Any) -> list[Value]:
+        return [self._values.setdefault(tensor, Value()) for tensor in tensors_in(tree)]
+
+    def _note(self, kind: str, layer: str, inputs: list[Value], made: Any) -> None:
+        tensors = list(tensors_in(made))
+        op = Op(kind, layer, inputs, [Value() for _ in tensors])
+        self.ops.append(op)
+        for value in dict.fromkeys(inputs):
+            value.readers.append(op)
+        for tensor, value in zip(tensors, op.outputs, strict=True):
+            self._values[tensor] = value
+
+
+@dataclass(frozen=True)
+class Between:
+    """What is rounded between layers.
+
+    Attributes:
+        outputs: names of modules whose outputs are to be rounded.
+        fed: names of layers that read nothing else, and need not round it again.
+    """
+
+    outputs: tuple[str, ...] = ()
+    fed: tuple[str, ...] = ()
+
+
+def between(model: nn.Module, run: Callable[[AbstractContextManager[None]], Any], layers: Collection[str]) -> Between:
+    """Which outputs to round so that convolutions, and additions and concatenations of what they give, can be integers.
+
+    A value that is read by one quantized layer alone is rounded there. Any other is rounded once, where it is given:
+    behind the batch norm, the clipping (ReLU) and the largest-of pooling that follow the convolution. What the model
+    returns stays as it is. Products of matrices give floats anyway: what a transformer adds stays in float.
+
+    Args:
+        model: in evaluation mode, not quantized yet.
+        run: runs the model once within a context.
+        layers: names of the layers that are going to be.
+
+    Returns:
+        Names, in the order of the run. A value that no module gives, or only one that is called several times, has no
+        name: it stays in float, and what reads it.
+
+    Example:
+        >>> import torch
+        >>> class Residual(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        ...
+        ...     def forward(self, x):
+        ...         return self.norm(self.conv(x)) + x
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), Residual(), nn.Conv2d(4, 2, 1)).eval()
+        >>> def run(within):
+        ...     with within, torch.no_grad():
+        ...         net(torch.zeros(1, 3, 8, 8))
+        >>> between(net, run, ["0", "2.conv", "3"])
+        Between(outputs=('1', '2.norm'), fed=('2.conv',))
+    """
+    wiring = Wiring()
+    run(wiring.watching(model, layers))
+    places: dict[Value, str] = {}
+    for op in wiring.ops:
+        joins = op.kind in _JOINTS and len(op.inputs) > 1 and all(value in places for value in op.inputs)
+        if joins or op.kind == _CONVOLUTION:
+            places.update(_place(op, wiring.calls))
+    reads: dict[str, list[bool]] = {}
+    for op in wiring.ops:
+        if op.layer:
+            reads.setdefault(op.layer, []).append(op.inputs[0] in places)
+    return Between(tuple(places.values()), tuple(layer for layer, rounded in reads.items() if all(rounded)))
+
+
+def _place(op: Op, calls: Mapping[str, int]) -> dict[Value, str]:
+    """The last value of the chain behind ``op`` that has a name, if there is a need to round it."""
+    chain = _chain(op)
+    last = chain[-1]
+    if not last.readers or "" in last.givers or (len(last.readers) == 1 and last.readers[0].layer):
+        return {}
+    named = ((value, name) for value in reversed(chain) for name in value.givers if calls[name] == 1)
+    return dict(itertools.islice(named, 1))
+
+
+def _chain(op: Op) -> list[Value]:
+    """The values behind ``op`` of which any can be rounded in place of the others: each has one reader but the last."""
+    chain = op.outputs
+    while len(chain[-1].readers) == 1:
+        reader = chain[-1].readers[0]
+        if reader.kind in _FOLLOWERS:
+            chain = [*chain, reader.outputs[0]]
+        elif reader.kind in _NORMS and op.kind == _CONVOLUTION and chain == op.outputs:
+            chain = reader.outputs[:1]  # rounded before, it could not be folded
+        else:
+            break
+    return chain

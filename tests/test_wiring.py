@@ -1,0 +1,254 @@
+"""What is rounded between layers: found by one run, and integer operations in the runtime that it is found for."""
+
+import copy
+
+import pytest
+import torch
+from nets import randomize
+from test_export_int8 import operators
+from tiny import TinyModule, loaders, trainer
+from torch import nn
+from torch.nn import functional as F
+
+from lightslim import CompressionError, QuantizationStrategy, UniformPruneStrategy
+from lightslim.export import export
+from lightslim.quantize import quantize, quantizers
+from lightslim.quantize.plan import quantizable
+from lightslim.quantize.transform import quantized_layers, quantized_outputs
+from lightslim.quantize.wiring import Between, between
+
+X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def conv(inputs, outputs, size=3, **options):
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2, **options)
+
+
+class Basic(nn.Module):
+    """A residual block that clips in place and, as many do, with one module for both times."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, outputs, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = conv(outputs, outputs, bias=False), nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.skip = (
+            nn.Identity() if inputs == outputs else nn.Sequential(conv(inputs, outputs, 1), nn.BatchNorm2d(outputs))
+        )
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += self.skip(x)
+        return self.relu(out)
+
+
+def residual():
+    """Pooled at first, and twice more, with and without a layer in the shortcut."""
+    stem = conv(3, 8, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+    return nn.Sequential(*stem, Basic(8, 8), Basic(8, 12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4))
+
+
+class Branches(nn.Module):
+    """Layers side by side on one value, their results put together; a pool among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.relu = conv(3, 8), nn.ReLU()
+        self.a, self.b, self.c = nn.Sequential(conv(8, 4, 1), nn.ReLU6()), conv(8, 6), conv(8, 2, 1)
+        self.last = conv(12, 4)
+
+    def forward(self, x):
+        x = self.relu(self.stem(x))
+        pooled = F.max_pool2d(x, 3, 1, padding=1)
+        return self.last(torch.cat([self.a(x), self.b(x), self.c(pooled)], 1))
+
+
+class Unnamed(nn.Module):
+    """What is clipped is no module's, so that it is rounded before, and what is added in float."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.last = conv(3, 8), conv(8, 8), conv(8, 4)
+
+    def forward(self, x):
+        x = self.one(x).relu()
+        return self.last(self.two(x).relu() + x)
+
+
+class Down(nn.Module):
+    """Up again, beside what was there before."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Sequential(conv(3, 8), nn.ReLU()), nn.Sequential(conv(8, 8), nn.ReLU())
+        self.last = conv(16, 4)
+
+    def forward(self, x):
+        x = self.inner(x)
+        low = self.outer(F.max_pool2d(x, 2))
+        return self.last(torch.cat([x, F.interpolate(low, scale_factor=2.0)], 1))
+
+
+class Smooth(nn.Module):
+    """Functions that are no clipping, a gate, a mean and an addition of a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn, self.gate, self.mix = conv(3, 8, bias=False), nn.BatchNorm2d(8), conv(8, 8, 1), conv(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.silu(self.bn(self.stem(x)))
+        x = self.mix(x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()) + 1
+        return self.head(x.mean((2, 3)))
+
+
+class Features(nn.Module):
+    """What it returns is also read."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = conv(3, 8), conv(8, 8)
+
+    def forward(self, x):
+        x = self.one(x)
+        return x, self.two(x) + x
+
+
+class Attention(nn.Module):
+    """Only products of matrices are added here."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.one(x)
+        return self.two(x).relu() + x
+
+
+CASES = {
+    "residual": (residual, ["3", "4.bn2", "4", "5.bn2", "5.skip.1", "5"], ["4.conv1", "5.conv1", "5.skip.0"]),
+    "branches": (Branches, ["relu", "a.1", "b", "c"], ["a.0", "b"]),
+    "unnamed": (Unnamed, ["one", "two"], []),
+    "down": (Down, ["inner.1", "outer.1"], []),
+    "smooth": (Smooth, ["bn", "gate", "mix"], []),
+    "features": (Features, ["two"], []),
+    "attention": (Attention, [], []),
+}
+
+
+def found(net, x=X):
+    def run(within):
+        with within, torch.no_grad():
+            net(x)
+
+    return between(net.eval(), run, quantizable(net))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_are_rounded_where_they_are_given(name):
+    make, outputs, fed = CASES[name]
+    assert found(make()) == Between(tuple(outputs), tuple(fed))
+
+
+def test_a_look_leaves_no_trace():
+    net = residual()
+    before = copy.deepcopy(net.state_dict())
+    found(net)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "integers"),
+    [
+        ("residual", {"QLinearAdd": 2}),
+        ("branches", {"QLinearConcat": 1}),
+        ("smooth", {}),
+        ("unnamed", {}),
+        ("down", {}),
+    ],
+)
+def test_what_is_found_runs_in_integers(tmp_path, name, integers):
+    net = randomize(CASES[name][0]())
+    ranges = {"weight_bits": 7, "activation_quantize_type": "moving_average_min_max"}
+    quantized = quantize(net, [X] * 3, outputs="auto", **ranges)
+    assert set(quantized_outputs(quantized)) == set(CASES[name][1])
+    assert export(quantized, X, tmp_path / "net.onnx", format="int8", deploy="x86")["rel_diff"] < 2e-2
+    ops = operators(tmp_path / "net.onnx", optimized=True)
+    convolutions, returned = (
+        sum(isinstance(m, nn.Conv2d) for m in net.modules()),
+        name in ("branches", "unnamed", "down"),
+    )
+    assert (ops["QLinearConv"], ops["Conv"]) == (convolutions - returned, returned), ops
+    assert {op: ops[op] for op in integers} == integers
+
+
+def auto(**arguments):
+    ranges = {"weight_bits": 7, "activation_quantize_type": "moving_average_min_max"}
+    return QuantizationStrategy(**{"start_epoch": 1, "outputs": "auto", **ranges, **arguments})
+
+
+def test_a_fit_finds_them_and_its_file_is_of_integers(tmp_path):
+    module, options = TinyModule("adam"), {"int8": {"deploy": "x86"}}
+    strategy = auto(start_epoch=2, int8_model_save_path="net.onnx", export_options=options)
+    trainer(tmp_path, UniformPruneStrategy(target_ratio=0.5, start_epoch=1), strategy).fit(module, *loaders())
+    rounded = {name for name in strategy.ranges() if "output" in name}
+    assert rounded == {f"net.{name}.output_quantizer" for name in ("stem.2", "body.3", "depthwise")}
+    assert "net.body.0.input_quantizer" not in strategy.ranges()
+    ops = operators(tmp_path / "net.onnx", optimized=True)
+    assert (ops["QLinearConv"], ops["Conv"], ops["QLinearAdd"]) == (4, 0, 0)
+    assert strategy.history[-1]["files"]["int8"]["rel_diff"] < 2e-2
+
+
+def test_another_process_evaluates_with_them(tmp_path):
+    module = TinyModule("adam")
+    fit = trainer(tmp_path, auto())
+    fit.fit(module, *loaders())
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+
+    def loss(**arguments):
+        fresh = trainer(tmp_path, auto(**arguments))
+        return fresh.validate(TinyModule(), loaders()[1], ckpt_path=tmp_path / "x.ckpt", verbose=False)[0]["val_loss"]
+
+    expected = fit.validate(module, loaders()[1], ckpt_path=tmp_path / "x.ckpt", verbose=False)[0]["val_loss"]
+    assert loss() == expected != loss(outputs=())
+
+
+def test_a_layer_with_bits_of_its_own_rounds_again():
+    net = residual()
+    quantized = quantize(net, [X], outputs="auto", overrides={"5.conv1": {"activation_bits": 16}})
+    bits = {name: quantizer.bits for name, quantizer in quantizers(quantized)}
+    assert bits["5.conv1.input_quantizer"] == 16
+    assert "5.skip.0.input_quantizer" not in bits
+
+
+def test_what_stays_in_float_reads_what_was_rounded():
+    quantized = quantize(residual(), [X], outputs="auto", skip=["4.conv1"])
+    assert set(quantized_outputs(quantized)) == {"3", "4.bn2", "4", "5.bn2", "5.skip.1", "5"}
+    assert set(quantized_layers(quantized)) == {"0", "4.conv2", "5.conv1", "5.conv2", "5.skip.0", "8"}
+
+
+def test_steps_that_never_call_forward_say_nothing(tmp_path):
+    class Inward(TinyModule):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    with pytest.raises(CompressionError, match="never call its forward"):
+        trainer(tmp_path, auto()).fit(Inward(), *loaders())
+
+
+def test_a_one_way_loader_gives_each_batch_once():
+    given = []
+
+    class Count(nn.Linear):
+        def forward(self, x):
+            given.append(float(x[0, 0]))
+            return super().forward(x)
+
+    quantize(Count(2, 2), (torch.full((1, 2), float(i)) for i in range(1, 6)), batches=3, outputs="auto")
+    assert given == [1, 1, 2, 3]
