@@ -108,11 +108,46 @@ class Features(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.one, self.two = conv(3, 8), conv(8, 8)
+        self.one, self.two = nn.Sequential(conv(3, 8), nn.ReLU()), conv(8, 8)
 
     def forward(self, x):
         x = self.one(x)
         return x, self.two(x) + x
+
+
+class Shuffled(nn.Module):
+    """Half of the channels go on as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, 8), nn.ReLU())
+        self.other, self.last = nn.Sequential(conv(4, 4), nn.ReLU()), conv(8, 4)
+
+    def forward(self, x):
+        a, b = self.stem(x).chunk(2, 1)
+        x = torch.cat([a, self.other(b)], 1).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+        return self.last(x)
+
+
+class Children(nn.ModuleDict):
+    """Runs all its children, so that it must not get one more, and puts together what they give."""
+
+    def forward(self, x):
+        for child in self.values():
+            x = torch.cat([x, child(x)], 1)
+        return x
+
+
+class Swish(nn.Module):
+    """What is added is no convolution's, but has a name."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.swish, self.conv, self.last = conv(3, 8), nn.Hardswish(), conv(8, 8), conv(8, 4)
+
+    def forward(self, x):
+        x = self.swish(self.stem(x))
+        return self.last(self.conv(x) + x)
 
 
 class Attention(nn.Module):
@@ -135,6 +170,13 @@ CASES = {
     "smooth": (Smooth, ["bn", "gate", "mix"], []),
     "features": (Features, ["two"], []),
     "attention": (Attention, [], []),
+    "shuffled": (Shuffled, ["stem.1", "other.1"], []),
+    "children": (
+        lambda: nn.Sequential(conv(3, 4), Children({"a": conv(4, 4), "b": conv(8, 4)}), conv(12, 4)),
+        ["0", "1.a", "1.b"],
+        ["1.a"],
+    ),
+    "swish": (Swish, ["stem", "conv", "swish"], ["conv"]),
 }
 
 
@@ -164,10 +206,13 @@ def test_a_look_leaves_no_trace():
     ("name", "integers"),
     [
         ("residual", {"QLinearAdd": 2}),
-        ("branches", {"QLinearConcat": 1}),
+        ("branches", {"QLinearConcat": 1, "Concat": 0}),
         ("smooth", {}),
         ("unnamed", {}),
         ("down", {}),
+        ("shuffled", {"QLinearConcat": 1, "Concat": 0}),
+        ("children", {}),
+        ("swish", {"QLinearAdd": 1}),
     ],
 )
 def test_what_is_found_runs_in_integers(tmp_path, name, integers):
@@ -179,7 +224,7 @@ def test_what_is_found_runs_in_integers(tmp_path, name, integers):
     ops = operators(tmp_path / "net.onnx", optimized=True)
     convolutions, returned = (
         sum(isinstance(m, nn.Conv2d) for m in net.modules()),
-        name in ("branches", "unnamed", "down"),
+        not isinstance(list(net.modules())[-1], nn.Linear),
     )
     assert (ops["QLinearConv"], ops["Conv"]) == (convolutions - returned, returned), ops
     assert {op: ops[op] for op in integers} == integers

@@ -7,7 +7,7 @@ of what is not rounded. One run of the model shows who gives a value and who rea
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +21,13 @@ from lightslim.steps import tensors_in
 
 _CONVOLUTION, _PRODUCT = "a convolution", "a product of matrices"
 _JOINTS = {"add", "add_", "cat"}
-# What runtimes fold into a convolution, and what they do to integers as well as to floats
+# What runtimes fold into a convolution, do to integers as well as to floats, and what only moves numbers
 _NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
           "miopen_batch_norm"}  # fmt: skip
-_FOLLOWERS = {"relu", "relu_", "hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_min_", "view",
-              "_unsafe_view", "permute", "transpose", "clone", "max_pool2d_with_indices"}  # fmt: skip
+_FOLLOWERS = {"relu", "relu_", "hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_min_"}
+_MOVES = {"view", "_unsafe_view", "permute", "transpose", "clone", "max_pool2d_with_indices"}
+_PARTS = {"slice", "split", "split_with_sizes", "unbind", "select"}
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # may run every child: a quantizer must not become one
 
 
 @dataclass(eq=False)
@@ -87,11 +89,12 @@ class Wiring(TorchDispatchMode):
         return leave
 
     def _giving(self, name: str) -> Callable[..., None]:
-        def give(_: nn.Module, __: Any, output: Any) -> None:
+        def give(module: nn.Module, _: Any, output: Any) -> None:
             self.calls[name] += 1
             # Only a single tensor can be rounded, but all that the model returns counts as its own
-            for value in self._known(output) if not name or isinstance(output, Tensor) else ():
-                value.givers.append(name)
+            if not name or (isinstance(output, Tensor) and not isinstance(module, _CONTAINERS)):
+                for value in self._known(output):
+                    value.givers.append(name)
 
         return give
 
@@ -164,25 +167,45 @@ def between(model: nn.Module, run: Callable[[AbstractContextManager[None]], Any]
     wiring = Wiring()
     run(wiring.watching(model, layers))
     places: dict[Value, str] = {}
+    moved: set[Value] = set()
     for op in wiring.ops:
-        joins = op.kind in _JOINTS and len(op.inputs) > 1 and all(value in places for value in op.inputs)
-        if joins or op.kind == _CONVOLUTION:
+        joint = op.kind in _JOINTS and len(op.inputs) > 1
+        if joint:
+            places.update(_join(op, places.keys() | moved, wiring.calls))
+        integers = places.keys() | moved >= set(op.inputs)
+        if op.kind == _CONVOLUTION or (joint and integers):
             places.update(_place(op, wiring.calls))
+        if op.kind in _MOVES | _PARTS and integers:
+            moved.update(op.outputs)
     reads: dict[str, list[bool]] = {}
     for op in wiring.ops:
         if op.layer:
             reads.setdefault(op.layer, []).append(op.inputs[0] in places)
-    return Between(tuple(places.values()), tuple(layer for layer, rounded in reads.items() if all(rounded)))
+    return Between(tuple(places.values()), tuple(layer for layer, each in reads.items() if all(each)))
+
+
+def _join(op: Op, rounded: Collection[Value], calls: Mapping[str, int]) -> dict[Value, str]:
+    """Where to round the rest of what ``op`` puts together, if some of it is rounded and the rest has names."""
+    rest = [value for value in dict.fromkeys(op.inputs) if value not in rounded]
+    named = {value: name for one in rest for value, name in _names([one], calls).items()}
+    return named if len(named) == len(rest) < len(set(op.inputs)) else {}
+
+
+def _names(values: Iterable[Value], calls: Mapping[str, int]) -> dict[Value, str]:
+    """The first of ``values`` that a module gives which is called once, and its name; none if the model returns one."""
+    values = list(values)
+    if any("" in value.givers for value in values):
+        return {}
+    named = ((value, name) for value in values for name in value.givers if calls[name] == 1)
+    return dict(itertools.islice(named, 1))
 
 
 def _place(op: Op, calls: Mapping[str, int]) -> dict[Value, str]:
     """The last value of the chain behind ``op`` that has a name, if there is a need to round it."""
     chain = _chain(op)
-    last = chain[-1]
-    if not last.readers or "" in last.givers or (len(last.readers) == 1 and last.readers[0].layer):
-        return {}
-    named = ((value, name) for value in reversed(chain) for name in value.givers if calls[name] == 1)
-    return dict(itertools.islice(named, 1))
+    readers = chain[-1].readers
+    read_once = len(readers) == 1 and readers[0].layer
+    return {} if read_once or not readers else _names(reversed(chain), calls)
 
 
 def _chain(op: Op) -> list[Value]:
@@ -190,7 +213,7 @@ def _chain(op: Op) -> list[Value]:
     chain = op.outputs
     while len(chain[-1].readers) == 1:
         reader = chain[-1].readers[0]
-        if reader.kind in _FOLLOWERS:
+        if reader.kind in _FOLLOWERS | _MOVES:
             chain = [*chain, reader.outputs[0]]
         elif reader.kind in _NORMS and op.kind == _CONVOLUTION and chain == op.outputs:
             chain = reader.outputs[:1]  # rounded before, it could not be folded

@@ -72,6 +72,20 @@ def encode_values(graph: ir.Graph, wanted: Wanted, whole: set[ir.Node], encoding
         replace(mark, made[key])
 
 
+def repeat_behind_splits(graph: ir.Graph) -> None:
+    """Round the parts of what was rounded once more, to the same integers: ONNX Runtime takes no other hint."""
+    for node in list(graph):
+        decode = node.inputs[0].producer() if node.op_type == "Split" and node.inputs[0] else None
+        if decode is None or decode.op_type != "DequantizeLinear":
+            continue
+        for part in node.outputs:
+            codes = ir.node("QuantizeLinear", [part, *decode.inputs[1:]])
+            again = ir.node("DequantizeLinear", [codes.outputs[0], *decode.inputs[1:]])
+            part.replace_all_uses_with(again.outputs[0], replace_graph_outputs=True)
+            codes.replace_input_with(0, part)
+            graph.insert_after(node, [codes, again])
+
+
 def _integers(place: Before, source: ir.Value, wanted: Spelling, clips: str | None) -> ir.Value:
     """Round and decode.
 

@@ -13,7 +13,7 @@ from lightslim.export.qdq.fold import fold_batch_norms
 from lightslim.export.qdq.marks import DOMAIN, mark
 from lightslim.export.qdq.presets import encoding_for
 from lightslim.export.qdq.trace import trace
-from lightslim.export.qdq.values import encode_values, plan_values
+from lightslim.export.qdq.values import encode_values, plan_values, repeat_behind_splits
 from lightslim.export.qdq.weights import add_biases_in_float, encode_weights, turn_matrices
 from lightslim.export.qdq.whole import overflowing, whole_layers
 
@@ -37,6 +37,8 @@ def write_integers(
         _tell_of_overflows(overflowing(graph, wanted, marked.weights, whole), deploy)
     encode_weights(graph, marked.weights, wanted, whole, encoding)
     encode_values(graph, wanted, whole, encoding)
+    if encoding.rounds_bias:
+        repeat_behind_splits(graph)
     save(traced, path)
 
 
