@@ -10,6 +10,7 @@ from tiny import TinyModule, loaders, trainer
 from torch import nn
 from torch.nn import functional as F
 
+from experiments.models import MobileNetV1, MobileNetV2, ResNet20
 from lightslim import CompressionError, QuantizationStrategy, UniformPruneStrategy
 from lightslim.export import export
 from lightslim.quantize import quantize, quantizers
@@ -150,6 +151,32 @@ class Swish(nn.Module):
         return self.last(self.conv(x) + x)
 
 
+class Passed(nn.Module):
+    """What passes a module that does nothing, or is read before it is returned, can be had from elsewhere, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.skip, self.one, self.two, self.inner, self.last = nn.Identity(), conv(3, 8), conv(8, 8), Read(), conv(8, 4)
+
+    def forward(self, x):
+        x = self.one(x).relu()
+        skip = self.skip(x)
+        return self.last(self.inner(self.two(x)) + skip)
+
+
+class Read(nn.Module):
+    """Reads what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.side = conv(8, 8, 1)
+
+    def forward(self, x):
+        x = x.relu()
+        self.seen = self.side(x)
+        return x
+
+
 class Attention(nn.Module):
     """Only products of matrices are added here."""
 
@@ -176,6 +203,7 @@ CASES = {
         ["0", "1.a", "1.b"],
         ["1.a"],
     ),
+    "passed": (Passed, ["one", "two"], []),
     "swish": (Swish, ["stem", "conv", "swish"], ["conv"]),
 }
 
@@ -192,6 +220,29 @@ def found(net, x=X):
 def test_values_are_rounded_where_they_are_given(name):
     make, outputs, fed = CASES[name]
     assert found(make()) == Between(tuple(outputs), tuple(fed))
+
+
+NETWORKS = {
+    **{name: (make, X) for name, (make, *_) in CASES.items() if name != "attention"},
+    "ResNet-20": (lambda: ResNet20(width=0.25), X[:, :1]),
+    "MobileNet V1": (lambda: MobileNetV1(width=0.25), X[:, :1]),
+    "MobileNet V2": (lambda: MobileNetV2(width=0.25), X[:, :1]),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_layers_that_do_not_round_read_what_was_rounded(name):
+    make, x = NETWORKS[name]
+    quantized = quantize(make(), [x], outputs="auto")
+    given, read = [], {}
+    for module in quantized_outputs(quantized).values():
+        module.output_quantizer.register_forward_hook(lambda _, __, output: given.append(output))
+    fed = {n: m for n, m in quantized_layers(quantized).items() if not hasattr(m, "input_quantizer")}
+    for layer, module in fed.items():
+        module.register_forward_pre_hook(lambda _, inputs, layer=layer: read.update({layer: inputs[0]}))
+    quantized(x)
+    assert read.keys() == fed.keys()
+    assert all(any(x is y for y in given) for x in read.values())
 
 
 def test_a_look_leaves_no_trace():
@@ -297,3 +348,14 @@ def test_a_one_way_loader_gives_each_batch_once():
 
     quantize(Count(2, 2), (torch.full((1, 2), float(i)) for i in range(1, 6)), batches=3, outputs="auto")
     assert given == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "said"), [((), "4 of 7 layers run in float (0, 4.conv2, 5.conv2, ...)"), ("auto", "")]
+)
+def test_what_runs_in_float_is_told(tmp_path, caplog, outputs, said):
+    quantized = quantize(randomize(residual()), [X], weight_bits=7, outputs=outputs)
+    with caplog.at_level("INFO"):
+        export(quantized, X, tmp_path / "net.onnx", format="int8", deploy="x86")
+    assert said in caplog.text
+    assert ("run in float" in caplog.text) == bool(said)

@@ -35,12 +35,16 @@ class Value:
     """What a tensor holds until something writes to it.
 
     Attributes:
+        made: how many ops came before the one that made it; -1 for what the model is given.
         readers: the ops that read it.
-        givers: the names of the modules that return it, the innermost first.
+        givers: the names of the modules from which all of these have it, the innermost first.
+        returned: whether the model returns it.
     """
 
+    made: int = -1
     readers: list["Op"] = field(default_factory=list)
     givers: list[str] = field(default_factory=list)
+    returned: bool = False
 
 
 @dataclass(eq=False)
@@ -66,6 +70,7 @@ class Wiring(TorchDispatchMode):
         self.ops: list[Op] = []
         self.calls: Counter[str] = Counter()
         self._values = WeakTensorKeyDictionary()
+        self._begun: list[int] = []
         self._read: list[list[Value]] = []
 
     @contextlib.contextmanager
@@ -73,11 +78,15 @@ class Wiring(TorchDispatchMode):
         """Watch what ``model`` does inside; a call of one of ``layers`` is one op."""
         with contextlib.ExitStack() as stack:
             for name, module in model.named_modules():
+                stack.callback(module.register_forward_pre_hook(self._begin).remove)
                 if name in layers:
                     stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
                     stack.callback(module.register_forward_hook(self._leaving(name)).remove)
                 stack.callback(module.register_forward_hook(self._giving(name)).remove)
             yield stack.enter_context(self)
+
+    def _begin(self, _: nn.Module, __: Any) -> None:
+        self._begun.append(len(self.ops))
 
     def _enter(self, _: nn.Module, inputs: Any, named: Any) -> None:
         self._read.append(self._known([inputs, named]))
@@ -91,9 +100,12 @@ class Wiring(TorchDispatchMode):
     def _giving(self, name: str) -> Callable[..., None]:
         def give(module: nn.Module, _: Any, output: Any) -> None:
             self.calls[name] += 1
-            # Only a single tensor can be rounded, but all that the model returns counts as its own
-            if not name or (isinstance(output, Tensor) and not isinstance(module, _CONTAINERS)):
-                for value in self._known(output):
+            begun = self._begun.pop()
+            for value in self._known(output):
+                value.returned |= not name
+                alone = isinstance(output, Tensor) and not isinstance(module, _CONTAINERS)
+                # Else it can be had from elsewhere, too: what passes an Identity is not its own
+                if alone and value.made >= begun and not value.readers:
                     value.givers.append(name)
 
         return give
@@ -111,7 +123,7 @@ class Wiring(TorchDispatchMode):
 
     def _note(self, kind: str, layer: str, inputs: list[Value], made: Any) -> None:
         tensors = list(tensors_in(made))
-        op = Op(kind, layer, inputs, [Value() for _ in tensors])
+        op = Op(kind, layer, inputs, [Value(len(self.ops)) for _ in tensors])
         self.ops.append(op)
         for value in dict.fromkeys(inputs):
             value.readers.append(op)
@@ -194,7 +206,7 @@ def _join(op: Op, rounded: Collection[Value], calls: Mapping[str, int]) -> dict[
 def _names(values: Iterable[Value], calls: Mapping[str, int]) -> dict[Value, str]:
     """The first of ``values`` that a module gives which is called once, and its name; none if the model returns one."""
     values = list(values)
-    if any("" in value.givers for value in values):
+    if any(value.returned for value in values):
         return {}
     named = ((value, name) for value in values for name in value.givers if calls[name] == 1)
     return dict(itertools.islice(named, 1))

@@ -34,6 +34,12 @@ def overflowing(graph: ir.Graph, wanted: Wanted, weights: dict[str, Codes], whol
     return found
 
 
+def in_float(graph: ir.Graph, wanted: Wanted, whole: set[ir.Node]) -> list[str]:
+    """The layers that read integers and are not among ``whole``."""
+    read = ((layer, mark.outputs[0].consumers()) for mark, layer in marks(graph, OF_WEIGHT))
+    return [layer for layer, nodes in read if any(spelling_of(node, wanted) and node not in whole for node in nodes)]
+
+
 def _whole(node: ir.Node, wanted: Wanted, codes: Codes, encoding: Encoding) -> bool:
     spelling = spelling_of(node, wanted)
     if spelling is None or not (encoding.overflows or _fits(spelling, codes)):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightslim.export.program import program_of
@@ -15,7 +15,7 @@ from lightslim.export.qdq.presets import encoding_for
 from lightslim.export.qdq.trace import trace
 from lightslim.export.qdq.values import encode_values, plan_values, repeat_behind_splits
 from lightslim.export.qdq.weights import add_biases_in_float, encode_weights, turn_matrices
-from lightslim.export.qdq.whole import overflowing, whole_layers
+from lightslim.export.qdq.whole import in_float, overflowing, whole_layers
 
 
 def write_integers(
@@ -35,6 +35,8 @@ def write_integers(
     whole = whole_layers(graph, wanted, marked.weights, encoding)
     if encoding.vnni:
         _tell_of_overflows(overflowing(graph, wanted, marked.weights, whole), deploy)
+    if encoding.rounds_bias:
+        _tell_of_floats(in_float(graph, wanted, whole), len(marked.weights), deploy)
     encode_weights(graph, marked.weights, wanted, whole, encoding)
     encode_values(graph, wanted, whole, encoding)
     if encoding.rounds_bias:
@@ -48,6 +50,15 @@ def _tell_of_overflows(layers: list[str], deploy: str) -> None:
         rank_zero_warn(
             f"deploy {deploy!r} is right only on CPUs with VNNI: others add two products in 16 bits, too few for "
             f"{len(layers)} layers ({named}); with weight_bits 7 it is right on every CPU"
+        )
+
+
+def _tell_of_floats(layers: list[str], count: int, deploy: str) -> None:
+    if layers:
+        named = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
+        rank_zero_info(
+            f"deploy {deploy!r}: {len(layers)} of {count} layers run in float ({named}), since nothing rounds what "
+            "they give; quantization with outputs='auto' rounds it where it can"
         )
 
 
