@@ -312,6 +312,13 @@ def test_another_process_evaluates_with_them(tmp_path):
     assert loss() == expected != loss(outputs=())
 
 
+def test_a_checkpoint_of_before_knows_of_none():
+    strategy = auto()
+    state = {name: value for name, value in strategy.state_dict().items() if name != "between"}
+    strategy.load_state_dict(state)
+    assert strategy.state_dict()["between"] == {"outputs": [], "fed": []}
+
+
 def test_a_layer_with_bits_of_its_own_rounds_again():
     net = residual()
     quantized = quantize(net, [X], outputs="auto", overrides={"5.conv1": {"activation_bits": 16}})

@@ -123,7 +123,8 @@ class QuantizationStrategy(CompressionStrategy):
 
     def _learn_from(self, state: Mapping[str, Any]) -> None:
         self._ranges = state["ranges"]
-        self._between = Between(**{name: tuple(names) for name, names in state["between"].items()})
+        # Older checkpoints know of none
+        self._between = Between(**{name: tuple(names) for name, names in state.get("between", {}).items()})
 
     def ranges(self) -> Mapping[str, Mapping[str, Tensor]]:
         """What the ranges have learned: quantizer name to its numbers."""
