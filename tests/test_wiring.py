@@ -1,7 +1,9 @@
 """What is rounded between layers: found by one run, and integer operations in the runtime that it is found for."""
 
 import copy
+import types
 
+import onnx
 import pytest
 import torch
 from nets import randomize
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 from experiments.models import MobileNetV1, MobileNetV2, ResNet20
 from lightslim import CompressionError, QuantizationStrategy, UniformPruneStrategy
 from lightslim.export import export
-from lightslim.quantize import quantize, quantizers
+from lightslim.quantize import quantize, quantizers, transform
 from lightslim.quantize.plan import quantizable
 from lightslim.quantize.transform import quantized_layers, quantized_outputs
 from lightslim.quantize.wiring import Between, between
@@ -222,6 +224,142 @@ def test_values_are_rounded_where_they_are_given(name):
     assert found(make()) == Between(tuple(outputs), tuple(fed))
 
 
+class Elsewhere(nn.Module):
+    """What its layers read is not what ``act`` returns, or no longer."""
+
+    def __init__(self, way, act=None):
+        super().__init__()
+        self.way, self.stem, self.act = way, conv(3, 8), act or nn.ReLU()
+        self.a, self.b, self.last = conv(8, 8), conv(8, 8), conv(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        a, b = self.way(self.act, x)
+        return self.last(self.a(a) + self.b(b))
+
+
+def sliced(act, x):
+    x = act(x)
+    x[:, :4] *= torch.sigmoid(x[:, 4:])
+    return x, x
+
+
+def viewed(act, x):
+    x = act(x)
+    x.flatten(2).mul_(0.7)
+    return x, x
+
+
+def ignored(act, x):
+    act(x)
+    return x, x
+
+
+def preactivated(act, x):
+    return act(x), x
+
+
+def plainly(act, x):
+    x = act(x)
+    return x, x
+
+
+class Kept(nn.ReLU):
+    def forward(self, x):
+        self.kept = super().forward(x)
+        return self.kept
+
+
+def from_the_module(act, x):
+    return act(x), act.kept
+
+
+def hooked():
+    net = Elsewhere(plainly)
+    net.act.register_forward_hook(lambda _, __, output: output * torch.sigmoid(output))
+    return net
+
+
+def patched():
+    net = Elsewhere(plainly)
+    net.act.forward = types.MethodType(lambda self, x: torch.relu(x), net.act)
+    return net
+
+
+ELSEWHERE = {
+    "sliced": lambda: Elsewhere(sliced),
+    "viewed": lambda: Elsewhere(viewed),
+    "ignored": lambda: Elsewhere(ignored, nn.ReLU(inplace=True)),
+    "preactivated": lambda: Elsewhere(preactivated, nn.ReLU(inplace=True)),
+    "from the module": lambda: Elsewhere(from_the_module, Kept()),
+    "hooked": hooked,
+    "patched": patched,
+    "scripted": lambda: Elsewhere(plainly, torch.jit.script(nn.ReLU())),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_what_can_be_had_unrounded_is_rounded_where_it_is_read(name):
+    quantized = quantize(ELSEWHERE[name](), [X], outputs="auto")
+    assert hasattr(quantized.b, "input_quantizer")
+    assert hasattr(quantized.a, "input_quantizer") == (name not in ("preactivated", "from the module"))
+
+
+def test_a_traced_block_is_not_touched():
+    net = nn.Sequential(conv(3, 8), nn.ReLU(), torch.fx.symbolic_trace(Basic(8, 8)), conv(8, 4), nn.Conv2d(4, 4, 1))
+    quantized = quantize(net, [X], outputs="auto")
+    assert "2" not in quantized_outputs(quantized)
+    assert torch.equal(copy.deepcopy(quantized)(X), quantized(X))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [lambda x: x[:, :1].squeeze(1), lambda x: x.unsqueeze(1), lambda x: x.chunk(2, 1), lambda x: (x.flatten(1), x)],
+)
+def test_what_the_model_returns_stays_as_it_is(end):
+    class Headed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.head = conv(3, 8), conv(8, 4)
+
+        def forward(self, x):
+            return end(self.head(self.one(x)))
+
+    assert found(Headed()) == Between()
+
+
+def test_parts_that_the_model_returns_keep_their_names_and_types(tmp_path):
+    class Parted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.last = conv(3, 8), conv(8, 8), conv(8, 4)
+
+        def forward(self, x):
+            x = self.one(x)
+            first, second = (self.two(x) + x).chunk(2, 1)
+            return self.last(torch.cat([first, second], 1)), second
+
+    quantized = quantize(Parted(), [X], weight_bits=7, outputs=["one", "two"])
+    export(quantized, X, tmp_path / "net.onnx", format="int8", deploy="x86")
+    onnx.checker.check_model(str(tmp_path / "net.onnx"), full_check=True)
+
+
+def test_quantizers_lie_where_the_model_does():
+    net = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)).to("meta")
+    transform(net, outputs=["1"])
+    assert {buffer.device.type for buffer in net.buffers()} == {"meta"}
+
+
+def test_settings_may_change_before_a_checkpoint_is_evaluated(tmp_path):
+    module, before = TinyModule("adam"), auto()
+    fit = trainer(tmp_path, before)
+    fit.fit(module, *loaders())
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    fresh = trainer(tmp_path, auto(skip=["net.body.0"]))
+    assert fresh.validate(TinyModule(), loaders()[1], ckpt_path=tmp_path / "x.ckpt", verbose=False)[0]["val_loss"] > 0
+
+
 NETWORKS = {
     **{name: (make, X) for name, (make, *_) in CASES.items() if name != "attention"},
     "ResNet-20": (lambda: ResNet20(width=0.25), X[:, :1]),
@@ -236,13 +374,13 @@ def test_layers_that_do_not_round_read_what_was_rounded(name):
     quantized = quantize(make(), [x], outputs="auto")
     given, read = [], {}
     for module in quantized_outputs(quantized).values():
-        module.output_quantizer.register_forward_hook(lambda _, __, output: given.append(output))
+        module.output_quantizer.register_forward_hook(lambda _, __, output: given.append((output, output._version)))
     fed = {n: m for n, m in quantized_layers(quantized).items() if not hasattr(m, "input_quantizer")}
     for layer, module in fed.items():
         module.register_forward_pre_hook(lambda _, inputs, layer=layer: read.update({layer: inputs[0]}))
     quantized(x)
     assert read.keys() == fed.keys()
-    assert all(any(x is y for y in given) for x in read.values())
+    assert all(any(x is y and x._version == version for y, version in given) for x in read.values())
 
 
 def test_a_look_leaves_no_trace():
@@ -354,7 +492,7 @@ def test_a_one_way_loader_gives_each_batch_once():
             return super().forward(x)
 
     quantize(Count(2, 2), (torch.full((1, 2), float(i)) for i in range(1, 6)), batches=3, outputs="auto")
-    assert given == [1, 1, 2, 3]
+    assert given == [1, 1, 1, 2, 3], "two looks, then each batch"
 
 
 @pytest.mark.parametrize(

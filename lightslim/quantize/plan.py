@@ -153,11 +153,13 @@ def plan_model(
         return layers, plan_outputs(model, common, outputs)
     found = look(layers)
     inputs = common.activation_bits, common.activation_quantize_type, common.activation_range
+    # A checkpoint's may be of other settings
     for name in found.fed:
-        own = layers[name]
-        if (own.activation_bits, own.activation_quantize_type, own.activation_range) == inputs:
+        own = layers.get(name, common)
+        if name in layers and (own.activation_bits, own.activation_quantize_type, own.activation_range) == inputs:
             layers[name] = replace(own, activation_bits=None)
-    return layers, dict.fromkeys(found.outputs, common)
+    modules = dict(model.named_modules())
+    return layers, dict.fromkeys((name for name in found.outputs if name in modules), common)
 
 
 def _changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:

@@ -177,7 +177,8 @@ class QuantizationStrategy(CompressionStrategy):
         if self.outputs == "auto":
             probe = forward_probe(module, deploy.forward_inputs(trainer, module))
             layers = plan_layers(module, self.settings, self.skip, self.overrides)
-            self._between = between(module, lambda within: probe.run(within=within), layers)
+            found = between(module, lambda within: probe.run(within=within), layers)
+            self._between = trainer.strategy.broadcast(found)
 
     def _formats(self) -> dict[str, dict[str, Any]]:
         """The formats asked for, each with its options; only those that hold a program can be cut."""

@@ -143,8 +143,9 @@ def attach(model: M, plan: Mapping[str, Settings], outputs: Mapping[str, Setting
     ends = {name: FakeQuantize(settings.activation_rule()) for name, settings in outputs.items()}
     for name, (weight, inputs) in pairs.items():
         _attach(layers[name], weight, inputs)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for name, end in ends.items():
-        _attach_output(model.get_submodule(name), end)
+        _attach_output(model.get_submodule(name), end, device)
     return model
 
 
@@ -162,8 +163,8 @@ def _attach(layer: nn.Module, weight: FakeQuantize, inputs: FakeQuantize | None)
     swap(layer, *(() if inputs is None else (QuantizedInput,)), QuantizedWeight)
 
 
-def _attach_output(module: nn.Module, quantizer: FakeQuantize) -> None:
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+def _attach_output(module: nn.Module, quantizer: FakeQuantize, device: torch.device) -> None:
+    device = next((parameter.device for parameter in module.parameters()), device)
     setattr(module, OUTPUT, quantizer.to(device).train(module.training))
     swap(module, QuantizedOutput, *mixins_of(module))
 

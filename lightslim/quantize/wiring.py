@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -27,7 +28,9 @@ _NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_l
 _FOLLOWERS = {"relu", "relu_", "hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_min_"}
 _MOVES = {"view", "_unsafe_view", "permute", "transpose", "clone", "max_pool2d_with_indices"}
 _PARTS = {"slice", "split", "split_with_sizes", "unbind", "select"}
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # may run every child: a quantizer must not become one
+_SAME = {"squeeze", "unsqueeze", "expand", "t", "detach", "alias", "_to_copy"}
+# May run every child, of which a quantizer must not become one; or are made anew by a copy
+_CLOSED = (nn.Sequential, nn.ModuleList, nn.ModuleDict, fx.GraphModule)
 
 
 @dataclass(eq=False)
@@ -78,11 +81,13 @@ class Wiring(TorchDispatchMode):
         """Watch what ``model`` does inside; a call of one of ``layers`` is one op."""
         with contextlib.ExitStack() as stack:
             for name, module in model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue
                 stack.callback(module.register_forward_pre_hook(self._begin).remove)
                 if name in layers:
                     stack.callback(module.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-                    stack.callback(module.register_forward_hook(self._leaving(name)).remove)
-                stack.callback(module.register_forward_hook(self._giving(name)).remove)
+                    stack.callback(module.register_forward_hook(self._leaving(name), always_call=True).remove)
+                stack.callback(module.register_forward_hook(self._giving(name), always_call=True).remove)
             yield stack.enter_context(self)
 
     def _begin(self, _: nn.Module, __: Any) -> None:
@@ -101,11 +106,13 @@ class Wiring(TorchDispatchMode):
         def give(module: nn.Module, _: Any, output: Any) -> None:
             self.calls[name] += 1
             begun = self._begun.pop()
-            for value in self._known(output):
-                value.returned |= not name
-                alone = isinstance(output, Tensor) and not isinstance(module, _CONTAINERS)
+            if not name:
+                for value in self._known(output):
+                    value.returned = True
+            elif isinstance(output, Tensor) and output.is_floating_point() and _can_round(module):
+                (value,) = self._known(output)
                 # Else it can be had from elsewhere, too: what passes an Identity is not its own
-                if alone and value.made >= begun and not value.readers:
+                if value.made >= begun and not value.readers:
                     value.givers.append(name)
 
         return give
@@ -131,6 +138,11 @@ class Wiring(TorchDispatchMode):
             self._values[tensor] = value
 
 
+def _can_round(module: nn.Module) -> bool:
+    """Whether a quantizer can be put behind ``forward``, which must be that of the class."""
+    return not isinstance(module, _CLOSED) and "forward" not in vars(module)
+
+
 @dataclass(frozen=True)
 class Between:
     """What is rounded between layers.
@@ -153,7 +165,7 @@ def between(model: nn.Module, run: Callable[[AbstractContextManager[None]], Any]
 
     Args:
         model: in evaluation mode, not quantized yet.
-        run: runs the model once within a context.
+        run: runs the model within a context, the same each time.
         layers: names of the layers that are going to be.
 
     Returns:
@@ -178,6 +190,14 @@ def between(model: nn.Module, run: Callable[[AbstractContextManager[None]], Any]
     """
     wiring = Wiring()
     run(wiring.watching(model, layers))
+    for op in reversed(wiring.ops):
+        if op.kind in _MOVES | _PARTS | _SAME and any(value.returned for value in op.outputs):
+            for value in op.inputs:
+                value.returned = True
+    return _confirmed(model, run, _found(wiring))
+
+
+def _found(wiring: Wiring) -> Between:
     places: dict[Value, str] = {}
     moved: set[Value] = set()
     for op in wiring.ops:
@@ -192,8 +212,44 @@ def between(model: nn.Module, run: Callable[[AbstractContextManager[None]], Any]
     reads: dict[str, list[bool]] = {}
     for op in wiring.ops:
         if op.layer:
-            reads.setdefault(op.layer, []).append(op.inputs[0] in places)
+            reads.setdefault(op.layer, []).append(bool(op.inputs) and op.inputs[0] in places)
     return Between(tuple(places.values()), tuple(layer for layer, each in reads.items() if all(each)))
+
+
+def _confirmed(model: nn.Module, run: Callable[[AbstractContextManager[None]], Any], found: Between) -> Between:
+    """Without the layers that read something else if the outputs are other tensors, as rounded ones are.
+
+    A module may keep what it returns elsewhere, a hook change it, and what is written through a view is seen nowhere.
+    """
+    given = WeakTensorKeyDictionary()
+    unfed: set[str] = set()
+
+    def give(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        other = output.clone()
+        given[other] = other._version
+        return other
+
+    def reading(name: str) -> Callable[..., None]:
+        def read(_: nn.Module, inputs: Any, named: Any) -> None:
+            x = next(tensors_in([inputs, named]))
+            if given.get(x) != x._version:
+                unfed.add(name)
+
+        return read
+
+    @contextlib.contextmanager
+    def hooked() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name in found.outputs:
+                # Before the hooks of others, since a quantizer is within the module
+                stack.callback(model.get_submodule(name).register_forward_hook(give, prepend=True).remove)
+            for name in found.fed:
+                hook = model.get_submodule(name).register_forward_pre_hook(reading(name), with_kwargs=True)
+                stack.callback(hook.remove)
+            yield
+
+    run(hooked())
+    return Between(found.outputs, tuple(name for name in found.fed if name not in unfed))
 
 
 def _join(op: Op, rounded: Collection[Value], calls: Mapping[str, int]) -> dict[Value, str]:
@@ -215,19 +271,19 @@ def _names(values: Iterable[Value], calls: Mapping[str, int]) -> dict[Value, str
 def _place(op: Op, calls: Mapping[str, int]) -> dict[Value, str]:
     """The last value of the chain behind ``op`` that has a name, if there is a need to round it."""
     chain = _chain(op)
-    readers = chain[-1].readers
+    readers = chain[-1].readers if chain else []
     read_once = len(readers) == 1 and readers[0].layer
     return {} if read_once or not readers else _names(reversed(chain), calls)
 
 
 def _chain(op: Op) -> list[Value]:
     """The values behind ``op`` of which any can be rounded in place of the others: each has one reader but the last."""
-    chain = op.outputs
-    while len(chain[-1].readers) == 1:
+    chain = op.outputs[:1]
+    while chain and len(chain[-1].readers) == 1 and chain[-1].readers[0].inputs[0] is chain[-1]:
         reader = chain[-1].readers[0]
         if reader.kind in _FOLLOWERS | _MOVES:
             chain = [*chain, reader.outputs[0]]
-        elif reader.kind in _NORMS and op.kind == _CONVOLUTION and chain == op.outputs:
+        elif reader.kind in _NORMS and op.kind == _CONVOLUTION and chain == op.outputs[:1]:
             chain = reader.outputs[:1]  # rounded before, it could not be folded
         else:
             break

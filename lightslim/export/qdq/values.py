@@ -76,12 +76,13 @@ def repeat_behind_splits(graph: ir.Graph) -> None:
     """Round the parts of what was rounded once more, to the same integers: ONNX Runtime takes no other hint."""
     for node in list(graph):
         decode = node.inputs[0].producer() if node.op_type == "Split" and node.inputs[0] else None
-        if decode is None or decode.op_type != "DequantizeLinear":
+        coded = decode.inputs[0].producer() if decode is not None and decode.inputs[0] is not None else None
+        if decode is None or decode.op_type != "DequantizeLinear" or coded is None:
             continue
-        for part in node.outputs:
+        for part in (part for part in node.outputs if part.uses() and not part.is_graph_output()):
             codes = ir.node("QuantizeLinear", [part, *decode.inputs[1:]])
             again = ir.node("DequantizeLinear", [codes.outputs[0], *decode.inputs[1:]])
-            part.replace_all_uses_with(again.outputs[0], replace_graph_outputs=True)
+            part.replace_all_uses_with(again.outputs[0])
             codes.replace_input_with(0, part)
             graph.insert_after(node, [codes, again])
 

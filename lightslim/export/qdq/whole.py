@@ -35,9 +35,13 @@ def overflowing(graph: ir.Graph, wanted: Wanted, weights: dict[str, Codes], whol
 
 
 def in_float(graph: ir.Graph, wanted: Wanted, whole: set[ir.Node]) -> list[str]:
-    """The layers that read integers and are not among ``whole``."""
-    read = ((layer, mark.outputs[0].consumers()) for mark, layer in marks(graph, OF_WEIGHT))
-    return [layer for layer, nodes in read if any(spelling_of(node, wanted) and node not in whole for node in nodes)]
+    """The convolutions that read integers and are not among ``whole``."""
+    found = []
+    for mark, layer in marks(graph, OF_WEIGHT):
+        nodes = (node for node in mark.outputs[0].consumers() if node.op_type == "Conv" and node not in whole)
+        if any(spelling_of(node, wanted) and not node.outputs[0].is_graph_output() for node in nodes):
+            found.append(layer)
+    return found
 
 
 def _whole(node: ir.Node, wanted: Wanted, codes: Codes, encoding: Encoding) -> bool:
