@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -354,7 +355,9 @@ def test_an_interrupted_run_goes_on_where_it_was(recipe, number):
     recipe.write_text(text.replace("start_epoch: 1", "start_epoch: 2"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
     command = [sys.executable, "-m", "lightslim", "run", str(recipe), "--out", "a"]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    # Tests that a shell started in the background inherit a SIGINT that is ignored
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heeding) as process:
         _wait_for(lambda: list(Path("a/checkpoints").glob("epoch=3*.ckpt")))
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
