@@ -6,11 +6,12 @@ from collections import Counter
 import pytest
 import torch
 from export_nets import NETS, trained
+from tiny import TinyNet
 from torch import nn
 
 from lightslim import CompressionError
 from lightslim.export.mobile import mobile_file, open_in_executorch, pte_file
-from lightslim.quantize import transform
+from lightslim.quantize import quantize, transform
 from lightslim.quantize.integers import weight_codes
 
 
@@ -111,6 +112,14 @@ def test_outputs_are_the_fake_quantized_ones(write, name):
     manifest, _ = write(*trained(name, activation_quantize_type=ranges))
     assert manifest["rel_diff"] < 2e-3
     assert manifest["argmax_differs"] == 0
+
+
+def test_a_rounded_value_may_be_read_by_integers_and_in_float(write):
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, 8, 8)
+    quantized = quantize(TinyNet(), [x], outputs="auto", activation_quantize_type="moving_average_min_max")
+    manifest, _ = write(quantized, x)
+    assert manifest["rel_diff"] < 2e-3
 
 
 def test_exact_files_hold_the_codes_and_keep_biases_in_float(write, layers):

@@ -52,6 +52,11 @@ class Settings:
         """Whether an input is quantized at all."""
         return self.activation_bits is not None
 
+    @property
+    def of_inputs(self) -> tuple[Any, ...]:
+        """What is said of inputs."""
+        return self.activation_bits, self.activation_quantize_type, self.activation_range
+
     def weight_rule(self, channels: int) -> Range:
         """A new range for a weight whose dimension ``channels`` holds the output channels."""
         kind = registry().get("range", self.weight_quantize_type)
@@ -152,12 +157,10 @@ def plan_model(
     if outputs != "auto":
         return layers, plan_outputs(model, common, outputs)
     found = look(layers)
-    inputs = common.activation_bits, common.activation_quantize_type, common.activation_range
-    # A checkpoint's may be of other settings
-    for name in found.fed:
-        own = layers.get(name, common)
-        if name in layers and (own.activation_bits, own.activation_quantize_type, own.activation_range) == inputs:
-            layers[name] = replace(own, activation_bits=None)
+    # What a checkpoint knows may be of other settings, or of another model
+    for name in layers.keys() & set(found.fed):
+        if layers[name].of_inputs == common.of_inputs:
+            layers[name] = replace(layers[name], activation_bits=None)
     modules = dict(model.named_modules())
     return layers, dict.fromkeys((name for name in found.outputs if name in modules), common)
 

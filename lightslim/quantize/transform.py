@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -143,9 +144,8 @@ def attach(model: M, plan: Mapping[str, Settings], outputs: Mapping[str, Setting
     ends = {name: FakeQuantize(settings.activation_rule()) for name, settings in outputs.items()}
     for name, (weight, inputs) in pairs.items():
         _attach(layers[name], weight, inputs)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for name, end in ends.items():
-        _attach_output(model.get_submodule(name), end, device)
+        _attach_output(model, name, end)
     return model
 
 
@@ -163,8 +163,11 @@ def _attach(layer: nn.Module, weight: FakeQuantize, inputs: FakeQuantize | None)
     swap(layer, *(() if inputs is None else (QuantizedInput,)), QuantizedWeight)
 
 
-def _attach_output(module: nn.Module, quantizer: FakeQuantize, device: torch.device) -> None:
-    device = next((parameter.device for parameter in module.parameters()), device)
+def _attach_output(model: nn.Module, name: str, quantizer: FakeQuantize) -> None:
+    module = model.get_submodule(name)
+    # Without parameters, as a ReLU, it works where the model does
+    parameters = itertools.chain(module.parameters(), model.parameters())
+    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
     setattr(module, OUTPUT, quantizer.to(device).train(module.training))
     swap(module, QuantizedOutput, *mixins_of(module))
 

@@ -1,7 +1,7 @@
 """Which values to round besides the inputs of layers, so that what a runtime computes in integers stays in integers.
 
 A runtime's integer convolution gives integers: one whose output nothing rounds runs in float, and so does an addition
-of what is not rounded. One run of the model shows who gives a value and who reads it.
+of what is not rounded. Looking at the model as it runs shows who gives a value and who reads it.
 """
 
 import contextlib
@@ -22,10 +22,12 @@ from lightslim.steps import tensors_in
 
 _CONVOLUTION, _PRODUCT = "a convolution", "a product of matrices"
 _JOINTS = {"add", "add_", "cat"}
-# What runtimes fold into a convolution, do to integers as well as to floats, and what only moves numbers
+# Folded into a convolution by runtimes
 _NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
           "miopen_batch_norm"}  # fmt: skip
-_FOLLOWERS = {"relu", "relu_", "hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_min_"}
+# Done by rounding, or to integers as well as to floats
+_CLIPS = {"relu", "relu_", "hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_min_"}
+# The same numbers in another place, or the largest of them; some of them; and what else leaves them as they are
 _MOVES = {"view", "_unsafe_view", "permute", "transpose", "clone", "max_pool2d_with_indices"}
 _PARTS = {"slice", "split", "split_with_sizes", "unbind", "select"}
 _SAME = {"squeeze", "unsqueeze", "expand", "t", "detach", "alias", "_to_copy"}
@@ -201,13 +203,16 @@ def _found(wiring: Wiring) -> Between:
     places: dict[Value, str] = {}
     moved: set[Value] = set()
     for op in wiring.ops:
-        joint = op.kind in _JOINTS and len(op.inputs) > 1
-        if joint:
-            places.update(_join(op, places.keys() | moved, wiring.calls))
-        integers = places.keys() | moved >= set(op.inputs)
-        if op.kind == _CONVOLUTION or (joint and integers):
+        rest = [value for value in dict.fromkeys(op.inputs) if value not in places and value not in moved]
+        if op.kind in _JOINTS and len(rest) < len(set(op.inputs)):
+            # Some of it is rounded: if all the rest has names, that can be, too
+            named = {value: name for one in rest for value, name in _names([one], wiring.calls).items()}
+            if len(named) == len(rest):
+                places.update(named)
+                rest = []
+        if op.kind == _CONVOLUTION or (op.kind in _JOINTS and len(op.inputs) > 1 and not rest):
             places.update(_place(op, wiring.calls))
-        if op.kind in _MOVES | _PARTS and integers:
+        if op.kind in _MOVES | _PARTS and not rest:
             moved.update(op.outputs)
     reads: dict[str, list[bool]] = {}
     for op in wiring.ops:
@@ -252,13 +257,6 @@ def _confirmed(model: nn.Module, run: Callable[[AbstractContextManager[None]], A
     return Between(found.outputs, tuple(name for name in found.fed if name not in unfed))
 
 
-def _join(op: Op, rounded: Collection[Value], calls: Mapping[str, int]) -> dict[Value, str]:
-    """Where to round the rest of what ``op`` puts together, if some of it is rounded and the rest has names."""
-    rest = [value for value in dict.fromkeys(op.inputs) if value not in rounded]
-    named = {value: name for one in rest for value, name in _names([one], calls).items()}
-    return named if len(named) == len(rest) < len(set(op.inputs)) else {}
-
-
 def _names(values: Iterable[Value], calls: Mapping[str, int]) -> dict[Value, str]:
     """The first of ``values`` that a module gives which is called once, and its name; none if the model returns one."""
     values = list(values)
@@ -281,7 +279,7 @@ def _chain(op: Op) -> list[Value]:
     chain = op.outputs[:1]
     while chain and len(chain[-1].readers) == 1 and chain[-1].readers[0].inputs[0] is chain[-1]:
         reader = chain[-1].readers[0]
-        if reader.kind in _FOLLOWERS | _MOVES:
+        if reader.kind in _CLIPS | _MOVES:
             chain = [*chain, reader.outputs[0]]
         elif reader.kind in _NORMS and op.kind == _CONVOLUTION and chain == op.outputs[:1]:
             chain = reader.outputs[:1]  # rounded before, it could not be folded

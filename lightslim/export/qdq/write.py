@@ -46,20 +46,22 @@ def write_integers(
 
 def _tell_of_overflows(layers: list[str], deploy: str) -> None:
     if layers:
-        named = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
         rank_zero_warn(
             f"deploy {deploy!r} is right only on CPUs with VNNI: others add two products in 16 bits, too few for "
-            f"{len(layers)} layers ({named}); with weight_bits 7 it is right on every CPU"
+            f"{len(layers)} layers ({_first(layers)}); with weight_bits 7 it is right on every CPU"
         )
 
 
 def _tell_of_floats(layers: list[str], count: int, deploy: str) -> None:
     if layers:
-        named = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
         rank_zero_info(
-            f"deploy {deploy!r}: {len(layers)} of {count} layers run in float ({named}), since nothing rounds what "
-            "they give; quantization with outputs='auto' rounds it where it can"
+            f"deploy {deploy!r}: {len(layers)} of {count} layers run in float ({_first(layers)}), since nothing rounds "
+            "what they give; quantization with outputs='auto' rounds it where it can"
         )
+
+
+def _first(layers: list[str]) -> str:
+    return ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
 
 
 def write_floats(model: nn.Module, inputs: tuple[Tensor, ...], path: Path, opset: int, dynamic_batch: bool) -> None:
