@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightslim.errors import CompressionError
-from lightslim.files import replacing, sweep
+from lightslim.files import replacing, saved_in, sweep
 from lightslim.loading import check_sums, read_checkpoint
 
 
@@ -66,11 +66,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def _elsewhere(path: object) -> bool:
     """Whether a path is an address of remote storage."""
     return "://" in str(path)
-
-
-def saved_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest at the end; ``last.ckpt`` is the newest where it is."""
-    return sorted(folder.glob("[!.]*.ckpt"), key=lambda path: (path.stem == "last", path.stat().st_mtime))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

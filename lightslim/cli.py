@@ -6,23 +6,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
-
-from lightslim.compare import as_csv, as_markdown, as_text, find_runs, rows_of
-from lightslim.compressor import Compressor
 from lightslim.errors import CompressionError
-from lightslim.export.bench import bench, report
-from lightslim.files import replacing
-from lightslim.pareto import picture
-from lightslim.recipe import Recipe
-from lightslim.recipe.sources import settings_of
-from lightslim.registry import KINDS, registry
-from lightslim.rundir import default_sweep_folder, recipe_of
-from lightslim.show import exports_table, inspection, number, result_table, sensitivity_table
-from lightslim.skeleton import new_plugin
-from lightslim.sweep import grid, run_grid, seeds_from
-from lightslim.tables import table
+from lightslim.registry import KINDS
+
+# Each command imports what it needs: --help, compare and a misspelt option are answered without waiting for Lightning.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     new.set_defaults(command=_new_plugin)
     inspect = commands.add_parser("inspect", help="say what a checkpoint has been through")
     inspect.add_argument("checkpoint", metavar="CKPT")
-    inspect.set_defaults(command=lambda options: print(inspection(options.checkpoint)))
+    inspect.set_defaults(command=_inspect)
     export = commands.add_parser("export", help="write the model of a checkpoint for a runtime")
     export.add_argument("checkpoint", metavar="CKPT", help="of a run of lightslim")
     export.add_argument("--as", dest="format", required=True, metavar="NAME", help="the format, see lightslim plugins")
@@ -107,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+    from lightslim.compressor import Compressor
+    from lightslim.recipe import Recipe
+    from lightslim.show import exports_table, result_table
+
     if options.sweep or options.seeds is not None:
         _sweep(options)
         return
@@ -117,6 +110,11 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
+    from lightslim.compare import as_text, rows_of
+    from lightslim.recipe import Recipe
+    from lightslim.rundir import default_sweep_folder
+    from lightslim.sweep import grid, run_grid, seeds_from
+
     if options.resume:
         raise CompressionError("--resume is for one run: a sweep goes on by itself when the command is given again")
     if options.seeds is not None and options.seeds < 1:
@@ -129,18 +127,28 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
+    from lightslim.compressor import Compressor
+    from lightslim.recipe import Recipe
+
     compressor = Compressor.from_recipe(Recipe.from_yaml(options.recipe, options.set))
     for name, text in compressor.check().items():
         print(f"{name}: {text}")
 
 
 def _sensitivity(options: argparse.Namespace) -> None:
+    from lightslim.compressor import Compressor
+    from lightslim.recipe import Recipe
+    from lightslim.show import sensitivity_table
+
     compressor = Compressor.from_recipe(Recipe.from_yaml(options.recipe, options.set))
     print(sensitivity_table(compressor.sensitivity(options.out, progress=sys.stderr.isatty())))
     print(f"everything is in {options.out}")
 
 
 def _plugins(options: argparse.Namespace) -> None:
+    from lightslim.registry import registry
+    from lightslim.tables import table
+
     found = registry()
     rows = [(entry.name, entry.kind, entry.distribution, entry.version) for entry in found.entries()]
     print(table(("name", "kind", "distribution", "version"), rows, left=4))
@@ -149,11 +157,26 @@ def _plugins(options: argparse.Namespace) -> None:
 
 
 def _new_plugin(options: argparse.Namespace) -> None:
+    from lightslim.skeleton import new_plugin
+
     folder = new_plugin(options.name, options.kind, options.out)
     print(f"{folder} is written; next: pip install -e {folder}, then pytest {folder}")
 
 
+def _inspect(options: argparse.Namespace) -> None:
+    from lightslim.inspection import inspection
+
+    print(inspection(options.checkpoint))
+
+
 def _export(options: argparse.Namespace) -> None:
+    from lightslim.compressor import Compressor
+    from lightslim.recipe import Recipe
+    from lightslim.recipe.sources import settings_of
+    from lightslim.rundir import recipe_of
+    from lightslim.show import number
+    from lightslim.tables import table
+
     recipe = Recipe.from_yaml(options.recipe or recipe_of(options.checkpoint))
     manifest = Compressor.from_recipe(recipe).export(
         options.checkpoint, options.format, options.out, **settings_of(options.option, "--option")
@@ -164,13 +187,21 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    import torch
+
+    from lightslim.export.bench import bench, report
+
     threads = options.threads or torch.get_num_threads()
     print(report(bench(options.files, options.rounds, threads, options.batch), threads, options.batch))
 
 
 def _compare(options: argparse.Namespace) -> None:
+    from lightslim.compare import as_csv, as_markdown, as_text, find_runs, rows_of
+    from lightslim.files import replacing
+    from lightslim.pareto import picture
+
     finished, begun = find_runs(options.runs)
-    rows = rows_of(finished, options.latency)
+    rows = rows_of(finished, _milliseconds if options.latency else None)
     write = {
         ".md": lambda: as_markdown(rows).encode(),
         ".csv": lambda: as_csv(rows).encode(),
@@ -186,3 +217,9 @@ def _compare(options: argparse.Namespace) -> None:
     for path, content in contents.items():
         with replacing(path) as partial:
             partial.write_bytes(content)
+
+
+def _milliseconds(path: Path) -> float:
+    from lightslim.export.bench import bench
+
+    return float(bench([path])[0]["median"])

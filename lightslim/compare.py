@@ -5,18 +5,16 @@ import io
 import itertools
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightslim import rundir
 from lightslim.errors import CompressionError
-from lightslim.export.bench import bench
-from lightslim.recipe.yamlfile import read
-from lightslim.recipe.yamlnodes import dump
 from lightslim.show import flat, number
 from lightslim.tables import table
+from lightslim.yamlfile import dump, read
 
 Values = dict[str, list[float]]
 
@@ -60,12 +58,12 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     return list(dict.fromkeys(finished)), list(dict.fromkeys(begun))
 
 
-def rows_of(folders: Sequence[Path], latency: bool = False) -> list[Row]:
+def rows_of(folders: Sequence[Path], latency: Callable[[Path], float] | None = None) -> list[Row]:
     """One row for each recipe; the runs of its seeds are put together.
 
     Args:
         folders: run directories.
-        latency: time the exported files now, in their runtimes.
+        latency: what times an exported file, in milliseconds; None to time none.
 
     Raises:
         CompressionError: a result is missing or damaged.
@@ -93,7 +91,7 @@ def _but_for_the_seed(folder: Path) -> str:
     return dump({**tree, "compressor": {key: value for key, value in settings.items() if key != "seed"}})
 
 
-def _measured(folder: Path, latency: bool) -> Iterator[tuple[str, float]]:
+def _measured(folder: Path, latency: Callable[[Path], float] | None) -> Iterator[tuple[str, float]]:
     result = rundir.read_result(folder)
     yield from flat(result["after"]).items()
     if "seconds" in result:
@@ -104,7 +102,7 @@ def _measured(folder: Path, latency: bool) -> Iterator[tuple[str, float]]:
         for name, value in file["metrics"].items():
             yield f"{format_} {name}", value
         if latency:
-            yield f"{format_} ms", bench([_at(folder, file["path"])])[0]["median"]
+            yield f"{format_} ms", latency(_at(folder, file["path"]))
 
 
 def _at(folder: Path, path: str) -> Path:

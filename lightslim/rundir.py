@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightslim.checkpoints import saved_in
 from lightslim.errors import CompressionError
-from lightslim.files import locked, replacing
-from lightslim.recipe.yamlnodes import dump
+from lightslim.files import locked, replacing, saved_in
+from lightslim.yamlfile import dump
 
 RESULT, RECIPE = "result.json", "recipe.yaml"
 

@@ -19,8 +19,7 @@ from lightslim import rundir
 from lightslim.compressor import Compressor
 from lightslim.errors import CompressionError
 from lightslim.recipe import Recipe
-from lightslim.recipe.yamlfile import read
-from lightslim.recipe.yamlnodes import dump
+from lightslim.yamlfile import dump, read
 
 
 @dataclass(frozen=True)

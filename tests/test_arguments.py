@@ -9,7 +9,7 @@ from lightslim.errors import CompressionError
 from lightslim.recipe.arguments import bind
 from lightslim.recipe.blueprint import Blueprint, imported, realize
 from lightslim.recipe.hints import describe, fit
-from lightslim.recipe.places import Where
+from lightslim.yamlfile import Where
 
 T = TypeVar("T")
 Ratio = NewType("Ratio", float)

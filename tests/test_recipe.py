@@ -7,7 +7,7 @@ from recipe_toys import BASE, Bell, FSPDistiller, Model, recipe_fixture, toy_reg
 
 from lightslim.errors import CompressionError
 from lightslim.recipe import Recipe
-from lightslim.recipe.yamlnodes import dump
+from lightslim.yamlfile import dump
 
 pytestmark = pytest.mark.usefixtures("toy_registry")
 

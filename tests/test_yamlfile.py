@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightslim.errors import CompressionError
-from lightslim.recipe.yamlfile import parse, read
-from lightslim.recipe.yamlnodes import dump
+from lightslim.yamlfile import dump, parse, read
 
 SCALARS = {
     "true": True, "False": False, "no": "no", "off": "off", "yes": "yes", "y": "y",

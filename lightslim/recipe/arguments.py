@@ -8,7 +8,7 @@ from typing import Any
 
 from lightslim.errors import did_you_mean
 from lightslim.recipe.hints import Named, fit
-from lightslim.recipe.places import Where
+from lightslim.yamlfile import Where
 
 _BY_NAME = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightslim.errors import did_you_mean
-from lightslim.recipe.places import Where
+from lightslim.yamlfile import Where
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,8 @@ from lightslim.errors import CompressionError
 from lightslim.recipe.arguments import bind, takes
 from lightslim.recipe.blueprint import Blueprint, imported
 from lightslim.recipe.hints import Named, fit
-from lightslim.recipe.places import Where
-from lightslim.recipe.yamlfile import Document
 from lightslim.registry import registry
+from lightslim.yamlfile import Document, Where
 
 
 def section(document: Document, name: str) -> dict[Any, Any]:

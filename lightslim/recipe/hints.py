@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from lightslim.errors import CompressionError, did_you_mean
 from lightslim.recipe.blueprint import Blueprint
-from lightslim.recipe.places import Where
+from lightslim.yamlfile import Where
 
 Named = Mapping[str, Blueprint]
 

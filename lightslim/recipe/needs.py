@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightslim.recipe.hints import fit
-from lightslim.recipe.yamlfile import Document
 from lightslim.registry import DISABLED, Entry, disabled, registry
+from lightslim.yamlfile import Document
 
 SECTION = "plugins"
 _NEED = re.compile(r"([A-Za-z0-9][\w.-]*)\s*(==\s*\S+)?")

@@ -26,12 +26,11 @@ from lightslim.recipe.drafts import drafted, instance, instances, section
 from lightslim.recipe.hints import fit
 from lightslim.recipe.needs import SECTION as PLUGINS
 from lightslim.recipe.needs import check_plugins
-from lightslim.recipe.places import Where
 from lightslim.recipe.schedule import SECTIONS, schedule
 from lightslim.recipe.sources import gather
-from lightslim.recipe.yamlfile import Document
 from lightslim.strategy import CompressionStrategy
 from lightslim.surgery import CHECKPOINT_KEY
+from lightslim.yamlfile import Document, Where
 
 _OBJECTS = ("model", "data")
 _SECTIONS = ("pruners", "distillers", "strategies", *_OBJECTS, "teacher", "teachers", "trainer", PLUGINS, *SECTIONS)

@@ -9,9 +9,8 @@ from lightslim.errors import did_you_mean
 from lightslim.recipe.arguments import bind
 from lightslim.recipe.blueprint import Blueprint
 from lightslim.recipe.drafts import section
-from lightslim.recipe.places import Where
-from lightslim.recipe.yamlfile import Document
 from lightslim.strategy import CompressionStrategy
+from lightslim.yamlfile import Document, Where
 
 SECTIONS = ("compressor", "compress_pass")
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from lightslim.errors import CompressionError, did_you_mean
 from lightslim.recipe.hints import fit
-from lightslim.recipe.places import Place, Where
-from lightslim.recipe.yamlfile import Document, parse, read
+from lightslim.yamlfile import Document, Place, Where, parse, read
 
 
 def gather(path: str | PathLike[str], sections: Sequence[str], overrides: Sequence[str] = ()) -> Document:

@@ -17,8 +17,8 @@ from torch import nn
 from lightslim import CompressionError, UniformPruneStrategy, load_compressed
 from lightslim.export import export
 from lightslim.export.bench import bench, read_manifest
+from lightslim.inspection import inspection
 from lightslim.quantize import transform
-from lightslim.show import inspection
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from lightslim.errors import CompressionError
-from lightslim.recipe.places import Keys, Place, Places, Where
-from lightslim.recipe.yamlnodes import SCALARS, TAG, compose
+from lightslim.yamlfile.nodes import SCALARS, TAG, compose
+from lightslim.yamlfile.places import Keys, Place, Places, Where
 
 BYTES = 1_000_000
 

@@ -1,0 +1,100 @@
+"""What needs neither torch nor Lightning runs without them; the public names are there when they are asked for."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightslim
+import lightslim.api
+from lightslim.onimport import when_imported
+
+ROOT = Path(__file__).parent.parent
+WITHOUT = """
+import sys
+sys.modules.update({"torch": None, "pytorch_lightning": None, "tensorboard": None})
+from lightslim.cli import main
+"""
+
+
+def python(code, *arguments, cwd=ROOT):
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+
+def run_directory(folder, seed, accuracy):
+    measured = {"metrics": {"val_acc": accuracy}, "flops": 1000, "params": 10, "bytes": 40}
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps({"before": measured, "after": measured, "exports": {}}))
+    (folder / "recipe.yaml").write_text(f"version: 1.0\ncompressor:\n  epoch: 2\n  seed: {seed}\n")
+    return folder
+
+
+def test_runs_are_compared_without_torch(tmp_path):
+    folders = [run_directory(tmp_path / f"seed={seed}", seed, 0.5 + seed / 4) for seed in (0, 1)]
+    out = [f"--out={tmp_path / name}" for name in ("table.md", "table.csv", "picture.png")]
+    done = python(f"{WITHOUT}raise SystemExit(main(sys.argv[1:]))", "compare", *folders, *out)
+    assert done.returncode == 0, done.stderr
+    assert "0.6250 ± 0.1768" in done.stdout
+    assert "0.6250 ± 0.1768" in (tmp_path / "table.md").read_text()
+    assert "0.625" in (tmp_path / "table.csv").read_text()
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["run", "--help"], 0), (["rum"], 2), ([], 2)])
+def test_help_and_typos_are_answered_without_torch(arguments, status):
+    done = python(f"{WITHOUT}raise SystemExit(main(sys.argv[1:]))", *arguments)
+    assert done.returncode == status
+    assert "usage: lightslim" in done.stdout + done.stderr
+
+
+def test_every_public_name_is_the_one_of_its_home():
+    assert set(lightslim.__all__) == set(lightslim.api.__all__)
+    assert set(lightslim.__all__) <= set(dir(lightslim))
+    for name in lightslim.__all__:
+        assert getattr(lightslim, name) is getattr(lightslim.api, name)
+
+
+@pytest.mark.parametrize("name", ["Compresor", "__wrapped__", "_private", "__main__"])
+def test_a_name_that_is_not_there_is_an_attribute_error(name):
+    with pytest.raises(AttributeError, match=f"module 'lightslim' has no attribute '{name}'"):
+        getattr(lightslim, name)
+
+
+@pytest.mark.slow
+def test_names_and_modules_come_when_asked_for():
+    done = python("""
+import sys, lightslim
+assert "torch" not in sys.modules
+assert lightslim.yamlfile.dump([1]) == "- 1\\n" and "torch" not in sys.modules
+assert lightslim.prune.prune
+from lightslim import *
+assert Compressor is lightslim.Compressor and hookimpl
+""")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["lightslim", "pytorch_lightning.cli"])
+def test_the_command_line_of_lightning_finds_the_strategies_whichever_is_imported_first(first):
+    pytest.importorskip("jsonargparse")
+    second = {"lightslim": "pytorch_lightning.cli", "pytorch_lightning.cli": "lightslim"}[first]
+    code = f"import {first}, {second}, pytorch_lightning as pl; print([c.__name__ for c in subclasses(pl.Callback)])"
+    subclasses = "def subclasses(kind): return [kind, *(c for k in kind.__subclasses__() for c in subclasses(k))]\n"
+    done = python(subclasses + code)
+    assert "UniformPruneStrategy" in done.stdout, done.stderr
+
+
+def test_an_act_waits_for_its_module_and_is_done_once(monkeypatch, tmp_path):
+    (tmp_path / "awaited_module.py").write_text("VALUE = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before, acts = list(sys.meta_path), []
+    when_imported("awaited_module", lambda: acts.append("awaited_module" in sys.modules))
+    assert acts == []
+    for _ in range(2):
+        monkeypatch.delitem(sys.modules, "awaited_module", raising=False)
+        __import__("awaited_module")
+    assert acts == [False]
+    assert sys.meta_path == before
