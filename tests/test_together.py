@@ -138,3 +138,12 @@ def test_rules_are_told_apart():
     weight = torch.randn(3, 4)
     one, other = (bank.take(rule, weight) for rule in rules)
     assert not torch.equal(one, other)
+
+
+def test_the_gradient_of_a_gradient_passes_a_quantized_weight_too():
+    layer, x = transform(nn.Linear(3, 2, bias=False), weight_bits=4, activation_bits=None), torch.randn(5, 3)
+    weight = layer._parameters["weight"]
+    (first,) = torch.autograd.grad((layer(x) ** 2).sum(), weight, create_graph=True)
+    assert torch.allclose(first, 2 * layer.weight @ x.T @ x)
+    (second,) = torch.autograd.grad(first.sum(), weight)
+    assert torch.allclose(second, (2 * x.T @ x).sum(1).expand(2, 3))

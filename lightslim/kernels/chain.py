@@ -48,13 +48,22 @@ def on_grid(x: Tensor, grid: Grid[Any], clips: bool) -> Tensor:
     """``x`` rounded to ``grid``, and clamped to it if it ``clips``."""
     if fused.compiles(x):
         return fused.quantize(x, grid)
+    if is_whole(x):
+        return _rounded(x, None, grid, clips)
     y = torch.empty_like(x)
-    for part, target, inverse, step, low, high in pieces(x, y, *grid):
-        value = part.float().mul_(inverse) if x.dtype in HALVES else torch.mul(part, inverse, out=target)
-        value = value.clamp_(low, high) if clips else value
-        value.round_().mul_(step)
-        if value is not target:
-            target.copy_(value)
+    for part, target, *numbers in pieces(x, y, *grid):
+        _rounded(part, target, Grid(*numbers), clips)
+    return y
+
+
+def _rounded(x: Tensor, out: Tensor | None, grid: Grid[Any], clips: bool) -> Tensor:
+    half = x.dtype in HALVES
+    y = x.float().mul_(grid.inverse) if half else torch.mul(x, grid.inverse, out=out)
+    if clips:
+        y.clamp_(grid.low, grid.high)
+    y.round_().mul_(grid.step)
+    if half:
+        return y.to(x.dtype) if out is None else out.copy_(y)
     return y
 
 
@@ -117,13 +126,17 @@ def pieces(*operands: Any) -> Iterator[tuple[Any, ...]]:
     tensor, or broadcasts along the rows, is handed out with each piece as it is.
     """
     x = operands[0]
-    piece = PIECE * torch.get_num_threads()
-    if x.numel() <= piece or x.shape[0] == 1 or x.device.type != "cpu":
+    if is_whole(x):
         yield operands
         return
-    rows = max(1, piece * x.shape[0] // x.numel())
+    rows = max(1, PIECE * torch.get_num_threads() * x.shape[0] // x.numel())
     for start in range(0, x.shape[0], rows):
         yield tuple(each[start : start + rows] if _has_rows(each, x) else each for each in operands)
+
+
+def is_whole(x: Tensor) -> bool:
+    """Whether a tensor is worked on as a whole."""
+    return x.numel() <= PIECE * torch.get_num_threads() or x.shape[0] == 1 or x.device.type != "cpu"
 
 
 def _has_rows(operand: Any, x: Tensor) -> bool:
@@ -142,6 +155,8 @@ def grid_of(x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int |
 def wide(x: Tensor, amax: Tensor, amin: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The range in the precision that ``x`` is worked out in."""
     dtype = torch.float32 if x.dtype in HALVES else x.dtype
+    if amax.dtype == dtype and amin is None:  # asked here, since ``to`` takes its time even to do nothing
+        return amax, None
     return amax.to(dtype), None if amin is None else amin.to(dtype)
 
 
@@ -151,7 +166,8 @@ def just_outside(x: Tensor, amax: Tensor, amin: Tensor | None) -> tuple[float, f
     amax, least = wide(x, amax, amin)
     upper = amax.item()
     if least is None:
-        return -after(upper), after(upper)
+        bound = after(upper)
+        return -bound, bound
     return -after(max(-least.item(), 0.0)), after(max(upper, 0.0))
 
 

@@ -150,20 +150,25 @@ class MovingAverageAbsMax(Range):
         """The bounds, after learning from ``x`` in training mode."""
         if not self.training or not x.numel():
             return Bounds(self.amax)
-        peak = self.magnitude(x)
-        self.learn(peak)
-        # A copy: the backward pass needs it as it is now
-        return Bounds(self.amax.clone(), clips=may_exceed(number(peak), self.amax))
+        peak = number(self.magnitude(x))
+        self._learn(peak)
+        amax = self.amax.clone()  # since the backward pass needs it as it is now
+        return Bounds(amax, clips=may_exceed(peak, amax))
 
     def before(self, x: Tensor) -> Tensor | None:
         """The range to round to if it is ``delayed``; :meth:`learn` is then called with the magnitude."""
+        if not self.delayed:
+            return None
         # Asked once, since looking at a number stops a GPU
-        self._started = self._started or (self.delayed and bool(self.state > 0))
-        return self.amax.clone() if self.delayed and self._started and self.training and x.numel() else None
+        self._started = self._started or bool(self.state > 0)
+        return self.amax.clone() if self._started and self.training and x.numel() else None
 
     def learn(self, peak: Tensor) -> None:
         """Take in the largest magnitude of one more tensor."""
-        average(self.amax, number(peak), advance(self.state, self.rate))
+        self._learn(number(peak))
+
+    def _learn(self, peak: Tensor | float) -> None:
+        average(self.amax, peak, advance(self.state, self.rate))
 
 
 class MovingAverageMinMax(Range):
@@ -250,10 +255,8 @@ def advance(state: Tensor, rate: float) -> Tensor | float:
     """``state * rate + 1``, kept and returned."""
     now = number(state)
     if isinstance(now, float):
-        state.fill_(now * rate + 1.0)
-    else:
-        state.mul_(rate).add_(1.0)
-    return number(state)
+        return state.fill_(now * rate + 1.0).item()
+    return state.mul_(rate).add_(1.0)
 
 
 def average(value: Tensor, new: Tensor | float, state: Tensor | float) -> None:

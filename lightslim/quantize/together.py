@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from lightslim.kernels import fake_quant_many
 from lightslim.quantize.ranges import Range
@@ -62,7 +62,6 @@ class HandOn(Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Nothing was clipped."""
         return grad, None
