@@ -62,6 +62,18 @@ def test_the_chinese_page_shows_the_seeds_recipe_word_for_word():
         assert (ROOT / "tests" / "recipes" / f"{name}.yaml").read_text() in shown
 
 
+@pytest.mark.parametrize(
+    "card",
+    [*(ROOT / "lightslim" / family / "README.md" for family in ("prune", "quantize", "distill")),
+     *ROOT.glob("plugins/*/README.md")],
+    ids=lambda card: card.parent.name,
+)  # fmt: skip
+def test_a_card_says_what_one_wants_to_know(card):
+    headings = re.findall(r"^## (.*)", card.read_text(), re.M)
+    wanted = {"Three ways to call it", "What to expect", "Suggested settings", "When not to use it", "Sources"}
+    assert wanted <= set(headings)
+
+
 def test_links_lead_somewhere():
     for page in [*PAGES, *ROOT.glob("experiments/**/README.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):

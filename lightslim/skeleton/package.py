@@ -31,9 +31,9 @@ lightslim plugins          # lists $component
 pytest
 ```
 
-## What it does
+## The math
 
-The math, and the paper it comes from.
+What it computes, in a formula.
 
 ## Three ways to call it
 
@@ -45,9 +45,17 @@ In a recipe:
 $recipe
 ```
 
-## What to expect, and when not to use it
+## What to expect
 
 What you measured.
+
+## Suggested settings
+
+## When not to use it
+
+## Sources
+
+The papers it comes from.
 """,
     "src/$module/__init__.py": '''\
 """$summary"""
