@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightslim.prune.prefix import Blank
+from lightslim.prune.sources import equal
 from lightslim.prune.unitwise import chains
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*val_dataloader.*")
@@ -176,6 +177,21 @@ def test_what_is_computed_once_changes_no_bit(kind):
     assert once.evaluation.replaying == (kind in NETS), "only what cannot be proved is computed whole"
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
     assert not module.training or module.net.training
+
+
+KINDS = [torch.float64, torch.float32, torch.bfloat16, torch.complex64, torch.int64, torch.int8, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("lying", [lambda x: x, lambda x: x[1:], lambda x: x[:, 1:], torch.t], ids=range(4))
+def test_content_is_compared_to_the_last_bit_however_it_lies(dtype, lying):
+    one = torch.randn(5, 7).mul(9).to(dtype)
+    for at in range(one.numel()):
+        other = one.clone()
+        other.view(-1).view(torch.uint8)[at * one.element_size()] ^= 1
+        seen = lying(torch.arange(35).view(5, 7) == at).any()
+        assert equal(lying(one), lying(other)) != seen
+        assert equal(lying(one), lying(one).clone())
 
 
 def test_what_a_step_resumes_from_is_shared_until_it_is_written_to():

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+_INTEGERS = {kind.itemsize: kind for kind in (torch.uint8, torch.int16, torch.int32, torch.int64)}
+
 
 class Source(Protocol):
     """A tensor that a step was given."""
@@ -75,8 +77,8 @@ def equal(one: Tensor, other: Tensor) -> bool:
     """
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return False
-    bits = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in (one, other)]
-    return torch.equal(*bits)
+    bits = _INTEGERS[min(one.element_size(), 8)]
+    return torch.equal(*(tensor.detach().reshape(-1).view(bits) for tensor in (one, other)))
 
 
 def _version(tensor: Tensor) -> int:
