@@ -11,13 +11,13 @@ from lightslim.onimport import when_imported
 
 if TYPE_CHECKING:
     from lightslim.api import *  # noqa: F403
+    from lightslim.api import __all__ as __all__
 else:  # hidden from type checkers, to which it would make every misspelt name a good one
 
     def __getattr__(name: str) -> Any:
-        public = name == "__all__" or not name.startswith("_")
-        if public and importlib.util.find_spec(f"{__name__}.{name}"):
+        if _is_module(name):
             return importlib.import_module(f"{__name__}.{name}")
-        if public and name in _public_names():
+        if (name == "__all__" or not name.startswith("_")) and name in _public_names():
             return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
 
@@ -26,11 +26,20 @@ def __dir__() -> list[str]:
     return sorted({*_public_names(), *globals()})
 
 
+def _is_module(name: str) -> bool:
+    # The one of that name doubles every strategy: it is imported by those who say so
+    if name == "lightning" or name.startswith("_") or not name.isidentifier():
+        return False
+    return importlib.util.find_spec(f"{__name__}.{name}") is not None
+
+
 def _public_names() -> set[str]:
     """Import them; from then on they are here as if they had always been."""
     api = importlib.import_module(f"{__name__}.api")
-    globals().update({name: getattr(api, name) for name in ("__all__", *api.__all__)})
+    for name in ("__all__", *api.__all__):
+        globals().setdefault(name, getattr(api, name))
     return {"__all__", *api.__all__}
 
 
+when_imported("torch", lambda: importlib.import_module(f"{__name__}.kernels"))  # brings torch.ops.lightslim
 when_imported("pytorch_lightning.cli", _public_names)  # its short names are those of classes that exist by then

@@ -1,9 +1,13 @@
 """What needs neither torch nor Lightning runs without them; the public names are there when they are asked for."""
 
+import importlib
 import json
 import subprocess
 import sys
+from importlib.machinery import FileFinder, SourceFileLoader
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,7 +61,7 @@ def test_every_public_name_is_the_one_of_its_home():
         assert getattr(lightslim, name) is getattr(lightslim.api, name)
 
 
-@pytest.mark.parametrize("name", ["Compresor", "__wrapped__", "_private", "__main__"])
+@pytest.mark.parametrize("name", ["Compresor", "__wrapped__", "_private", "__main__", "lightning", "compare.nothing"])
 def test_a_name_that_is_not_there_is_an_attribute_error(name):
     with pytest.raises(AttributeError, match=f"module 'lightslim' has no attribute '{name}'"):
         getattr(lightslim, name)
@@ -87,14 +91,44 @@ def test_the_command_line_of_lightning_finds_the_strategies_whichever_is_importe
     assert "UniformPruneStrategy" in done.stdout, done.stderr
 
 
-def test_an_act_waits_for_its_module_and_is_done_once(monkeypatch, tmp_path):
-    (tmp_path / "awaited_module.py").write_text("VALUE = 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    before, acts = list(sys.meta_path), []
-    when_imported("awaited_module", lambda: acts.append("awaited_module" in sys.modules))
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["lightslim", "torch"])
+def test_the_operators_are_there_whichever_is_imported_first(first):
+    second = {"lightslim": "torch", "torch": "lightslim"}[first]
+    done = python(f"""
+import sys, {first}, {second}
+print(torch.ops.lightslim.fake_quant(torch.tensor([0.4, 3.0]), torch.tensor(1.0), None, 2).tolist())
+assert "pytorch_lightning" not in sys.modules
+assert torch.__loader__ is torch.__spec__.loader and type(torch.__loader__).__module__.startswith("_frozen")
+""")
+    assert done.stdout == "[0.0, 1.0]\n", done.stderr
+
+
+def test_what_is_put_in_the_place_of_a_name_stays(monkeypatch):
+    monkeypatch.setattr(lightslim, "load_compressed", "another")
+    assert not hasattr(lightslim, "nothing")
+    assert lightslim.load_compressed == "another"
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_an_act_follows_its_module_and_is_done_once(monkeypatch, tmp_path, last):
+    """Wherever the module is found: by the last of all finders, or by the one right behind."""
+    name = f"awaited_{last}"
+    (tmp_path / f"{name}.py").write_text("VALUE = 1\n")
+    finders = list(sys.meta_path)
+    if last:
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        finder = FileFinder(str(tmp_path), (SourceFileLoader, [".py"]))
+        finders.insert(0, SimpleNamespace(find_spec=lambda name, path, target=None: finder.find_spec(name)))
+    monkeypatch.setattr(sys, "meta_path", finders)
+    acts = []
+    when_imported(name, lambda: acts.append(sys.modules[name].VALUE))
+    assert find_spec(name).loader.is_package(name) is False
     assert acts == []
     for _ in range(2):
-        monkeypatch.delitem(sys.modules, "awaited_module", raising=False)
-        __import__("awaited_module")
-    assert acts == [False]
-    assert sys.meta_path == before
+        sys.modules.pop(name, None)
+        module = importlib.import_module(name)
+        assert isinstance(module.__loader__, SourceFileLoader)
+        assert module.__spec__.loader is module.__loader__
+    assert acts == [1]

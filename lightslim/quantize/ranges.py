@@ -78,7 +78,7 @@ class Range(nn.Module):
         """The range to round ``x`` to where it does not depend on ``x``, symmetric; the default is that it does."""
         return None
 
-    def learn(self, peak: Tensor) -> None:
+    def learn(self, peak: Tensor | float) -> None:
         """Take in the largest magnitude of a tensor that was rounded to what :meth:`before` gave."""
 
     def agreed(self) -> list[Tensor]:
@@ -151,7 +151,7 @@ class MovingAverageAbsMax(Range):
         if not self.training or not x.numel():
             return Bounds(self.amax)
         peak = number(self.magnitude(x))
-        self._learn(peak)
+        self.learn(peak)
         amax = self.amax.clone()  # since the backward pass needs it as it is now
         return Bounds(amax, clips=may_exceed(peak, amax))
 
@@ -163,12 +163,9 @@ class MovingAverageAbsMax(Range):
         self._started = self._started or bool(self.state > 0)
         return self.amax.clone() if self._started and self.training and x.numel() else None
 
-    def learn(self, peak: Tensor) -> None:
+    def learn(self, peak: Tensor | float) -> None:
         """Take in the largest magnitude of one more tensor."""
-        self._learn(number(peak))
-
-    def _learn(self, peak: Tensor | float) -> None:
-        average(self.amax, peak, advance(self.state, self.rate))
+        average(self.amax, number(peak), advance(self.state, self.rate))
 
 
 class MovingAverageMinMax(Range):
@@ -246,9 +243,11 @@ class RangeAbsMax(Range):
         return Bounds(amax, clips=may_exceed(number(peak), amax))
 
 
-def number(value: Tensor) -> Tensor | float:
+def number(value: Tensor | float) -> Tensor | float:
     """``value`` as a Python number where reading it stops nothing: tiny tensor operations cost more than all else."""
-    return value if torch.compiler.is_compiling() or value.device.type != "cpu" else value.item()
+    if not isinstance(value, Tensor) or torch.compiler.is_compiling() or value.device.type != "cpu":
+        return value
+    return value.item()
 
 
 def advance(state: Tensor, rate: float) -> Tensor | float:

@@ -71,7 +71,7 @@ def parse(text: str, source: str, headings: Collection[str] = (), numbered: bool
     Args:
         text: one YAML document.
         source: its name in messages.
-        headings: top-level keys that may stand one space too far right, see :func:`lightslim.recipe.yamlnodes.compose`.
+        headings: top-level keys that may stand one space too far right, see :func:`lightslim.yamlfile.nodes.compose`.
         numbered: whether places have lines.
 
     Raises:
