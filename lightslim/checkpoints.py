@@ -11,8 +11,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightslim.errors import CompressionError
-from lightslim.files import replacing, saved_in, sweep
+from lightslim.files import replacing, sweep
 from lightslim.loading import check_sums, read_checkpoint
+from lightslim.rundir import saved_in
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

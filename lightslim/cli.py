@@ -6,10 +6,16 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightslim.compare import as_csv, as_markdown, as_text, find_runs, rows_of
 from lightslim.errors import CompressionError
-from lightslim.registry import KINDS
+from lightslim.files import replacing
+from lightslim.pareto import picture
+from lightslim.registry import KINDS, registry
+from lightslim.rundir import default_sweep_folder, recipe_of
+from lightslim.show import exports_table, number, result_table, sensitivity_table
+from lightslim.tables import table
 
-# Each command imports what it needs: --help, compare and a misspelt option are answered without waiting for Lightning.
+# What needs torch is imported by the command that needs it: compare, --help and a typo need not wait for Lightning.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +104,6 @@ def _run(options: argparse.Namespace) -> None:
 
     from lightslim.compressor import Compressor
     from lightslim.recipe import Recipe
-    from lightslim.show import exports_table, result_table
 
     if options.sweep or options.seeds is not None:
         _sweep(options)
@@ -110,9 +115,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from lightslim.compare import as_text, rows_of
     from lightslim.recipe import Recipe
-    from lightslim.rundir import default_sweep_folder
     from lightslim.sweep import grid, run_grid, seeds_from
 
     if options.resume:
@@ -138,7 +141,6 @@ def _check(options: argparse.Namespace) -> None:
 def _sensitivity(options: argparse.Namespace) -> None:
     from lightslim.compressor import Compressor
     from lightslim.recipe import Recipe
-    from lightslim.show import sensitivity_table
 
     compressor = Compressor.from_recipe(Recipe.from_yaml(options.recipe, options.set))
     print(sensitivity_table(compressor.sensitivity(options.out, progress=sys.stderr.isatty())))
@@ -146,9 +148,6 @@ def _sensitivity(options: argparse.Namespace) -> None:
 
 
 def _plugins(options: argparse.Namespace) -> None:
-    from lightslim.registry import registry
-    from lightslim.tables import table
-
     found = registry()
     rows = [(entry.name, entry.kind, entry.distribution, entry.version) for entry in found.entries()]
     print(table(("name", "kind", "distribution", "version"), rows, left=4))
@@ -173,9 +172,6 @@ def _export(options: argparse.Namespace) -> None:
     from lightslim.compressor import Compressor
     from lightslim.recipe import Recipe
     from lightslim.recipe.sources import settings_of
-    from lightslim.rundir import recipe_of
-    from lightslim.show import number
-    from lightslim.tables import table
 
     recipe = Recipe.from_yaml(options.recipe or recipe_of(options.checkpoint))
     manifest = Compressor.from_recipe(recipe).export(
@@ -196,10 +192,6 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from lightslim.compare import as_csv, as_markdown, as_text, find_runs, rows_of
-    from lightslim.files import replacing
-    from lightslim.pareto import picture
-
     finished, begun = find_runs(options.runs)
     rows = rows_of(finished, _milliseconds if options.latency else None)
     write = {

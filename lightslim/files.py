@@ -99,8 +99,3 @@ def sweep(folder: Path) -> None:
     for stale in folder.glob(f".*{PARTIAL}*"):
         with contextlib.suppress(OSError):
             stale.unlink()
-
-
-def saved_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest at the end; ``last.ckpt`` is the newest where it is."""
-    return sorted(folder.glob("[!.]*.ckpt"), key=lambda path: (path.stem == "last", path.stat().st_mtime))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightslim.errors import CompressionError
-from lightslim.files import locked, replacing, saved_in
+from lightslim.files import locked, replacing
 from lightslim.yamlfile import dump
 
 RESULT, RECIPE = "result.json", "recipe.yaml"
@@ -36,6 +36,11 @@ def _name_of(recipe: Path) -> str:
 
 def _numbered(name: str, number: int) -> Path:
     return Path("runs") / (name if number == 1 else f"{name}-{number}")
+
+
+def saved_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest at the end; ``last.ckpt`` is the newest where it is."""
+    return sorted(folder.glob("[!.]*.ckpt"), key=lambda path: (path.stem == "last", path.stat().st_mtime))
 
 
 def prepare(folder: Path, checkpoints: Path, resuming: bool) -> None:

@@ -1,7 +1,6 @@
 """What needs neither torch nor Lightning runs without them; the public names are there when they are asked for."""
 
 import importlib
-import json
 import subprocess
 import sys
 from importlib.machinery import FileFinder, SourceFileLoader
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from test_sweep import finished
 
 import lightslim
 import lightslim.api
@@ -28,16 +28,10 @@ def python(code, *arguments, cwd=ROOT):
     return subprocess.run(command, cwd=cwd, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
 
-def run_directory(folder, seed, accuracy):
-    measured = {"metrics": {"val_acc": accuracy}, "flops": 1000, "params": 10, "bytes": 40}
-    folder.mkdir()
-    (folder / "result.json").write_text(json.dumps({"before": measured, "after": measured, "exports": {}}))
-    (folder / "recipe.yaml").write_text(f"version: 1.0\ncompressor:\n  epoch: 2\n  seed: {seed}\n")
-    return folder
-
-
 def test_runs_are_compared_without_torch(tmp_path):
-    folders = [run_directory(tmp_path / f"seed={seed}", seed, 0.5 + seed / 4) for seed in (0, 1)]
+    folders = [tmp_path / f"seed={seed}" for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        finished(folder, seed, 0.5 + seed / 4)
     out = [f"--out={tmp_path / name}" for name in ("table.md", "table.csv", "picture.png")]
     done = python(f"{WITHOUT}raise SystemExit(main(sys.argv[1:]))", "compare", *folders, *out)
     assert done.returncode == 0, done.stderr

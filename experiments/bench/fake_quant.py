@@ -57,5 +57,5 @@ def rows(rounds: int, quick: bool) -> Iterator[Row]:
     for count, repeats, faster in ((2**14, 1, 1.0),) if quick else ((2**20, 5, 5.0), (2**24, 1, 2.2)):
         seconds = measure(variants(count), rounds, repeats)
         for ours, other in PAIRS:
-            goal, name = 1 / faster if "torch" in other else None, f"{count:,} floats, {ours} / {other}"
-            yield row(name, seconds, ours, other, goal, control=ours == "clone again")
+            goal = 1 / faster if other.startswith("torch") else None
+            yield row(f"{count:,} floats, {ours} / {other}", seconds, ours, other, goal, control=ours == "clone again")

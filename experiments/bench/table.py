@@ -55,7 +55,7 @@ def cells(name: str, row: Row) -> tuple[str, ...]:
         ),
         f"{row.ratio:.2f}",
         f"{low:.2f} .. {high:.2f}",
-        "" if row.goal is None else f"<= {row.goal:g}",
+        "" if row.goal is None else f"<= {row.goal:.3g}",
         ", ".join(filter(None, verdicts)),
     )
 

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+# As wide as the numbers, since there are less of them to compare than bytes
 _INTEGERS = {kind.itemsize: kind for kind in (torch.uint8, torch.int16, torch.int32, torch.int64)}
 
 
