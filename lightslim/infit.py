@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightslim.errors import CompressionError
+from lightslim.rng import isolated_rng
 from lightslim.steps import (
     Log,
     Probe,
@@ -128,7 +128,7 @@ def mean_gradients(trainer: Trainer, module: LightningModule, batches: int = 8, 
 def _drawn(trainer: Trainer, count: int, seed: int) -> list[Any]:
     """Batches in the form that a training step gets them; loaders that end early end all."""
     loaders, rank, size = trainer.train_dataloader, trainer.global_rank, trainer.world_size
-    with isolate_rng():
+    with isolated_rng():
         _seed(seed + rank)
         one = functools.partial(drawn_batches, count=count, seed=seed, part=rank, parts=size)
         if isinstance(loaders, dict):

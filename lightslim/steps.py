@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from pytorch_lightning.loggers.logger import DummyLogger
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lightslim.rng import isolated_rng
 from lightslim.untouched import untouched
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -246,7 +246,7 @@ def stubbed_optimizers(module: nn.Module) -> Iterator[None]:
 
 def sample_batch(loader: Any) -> Any:
     """A small batch for looking at the model, drawn without disturbing a map-style loader; else its first batch."""
-    with isolate_rng():
+    with isolated_rng():
         batch = collated_samples(loader)
         return next(iter(loader), None) if batch is None else batch
 
@@ -263,7 +263,7 @@ def collated_samples(loader: Any, samples: int = 8) -> Any:
         return None
     if len(dataset) == 0:
         return None
-    with isolate_rng():
+    with isolated_rng():
         return _collated(dataset, collate, range(min(samples, size, len(dataset))))
 
 

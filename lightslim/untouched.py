@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
+
+from lightslim.rng import isolated_rng
 
 _CONTAINERS = (list, dict, set, deque)
 Restore = Callable[[], None]
@@ -38,7 +39,7 @@ def untouched(module: nn.Module, except_for: Iterable[nn.Module] = ()) -> Iterat
     ]
     attributes = [(child, _own_attributes(child)) for child in module.modules()]
     try:
-        with isolate_rng():
+        with isolated_rng():
             yield
     finally:
         for child, bound in bindings:

@@ -1,6 +1,7 @@
 """What an analysis of sensitivity computes once changes no bit."""
 
 import copy
+import random
 
 import numpy
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightslim.prune.prefix import Blank
 from lightslim.prune.sources import equal
 from lightslim.prune.unitwise import chains
+from lightslim.untouched import untouched
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*val_dataloader.*")
 
@@ -129,6 +131,103 @@ class Counting(nn.Module):
         return self.c(self.b(x).relu())
 
 
+class Part(nn.Module):
+    """A module in front of the first masked layer; what else its call does differs."""
+
+    def __init__(self, besides, **attributes):
+        super().__init__()
+        self.conv = conv(8, 8)
+        self.besides = besides
+        vars(self).update(attributes)
+
+    def forward(self, x):
+        return self.besides(self, self.conv(x))
+
+
+class Parts(nn.Module):
+    """Two such parts; ``around`` calls the second, and knows the batch."""
+
+    def __init__(self, besides, around=lambda net, x, batch: net.part(x), **attributes):
+        super().__init__()
+        self.a, self.first, self.part = conv(3, 8), Part(besides, **attributes), Part(besides, **attributes)
+        self.b, self.c = conv(8, 8), conv(8, 2)
+        self.around = around
+
+    def forward(self, x):
+        y = self.around(self, self.first(self.a(x).relu()), x)
+        return self.c(self.b(y).relu())
+
+
+class Thing:
+    """What no copy of a module's attributes tells of."""
+
+    told = 0.0
+
+
+def counts(part, x):
+    part.count += 1
+    return x * (1 + part.count % 3)
+
+
+def tells(part, x):
+    part.thing.told = float(x.mean())
+    return x.relu()
+
+
+def remembers(part, x):
+    part.seen.append(float(x.mean()))
+    return x * part.seen[-1]
+
+
+def remembers_deeper(part, x):
+    part.seen[0].append(len(part.seen[0]))
+    return x * (1 + part.seen[0][-1] % 3)
+
+
+def keeps(part, x):
+    part.held[0] = x
+    return x.relu()
+
+
+def by_batch(net, x, batch):
+    net.part.factor = 2 if batch.mean() > 0 else 3
+    return net.part(x)
+
+
+def hooked(net, x, batch):
+    handle = net.part.conv.register_forward_hook(lambda module, given, out: out * batch.mean())
+    try:
+        return net.part(x)
+    finally:
+        handle.remove()
+
+
+def swapped(net, x, batch):
+    weight = net.part.conv.weight
+    state = {"conv.weight": weight * batch.mean(), "conv.bias": net.part.conv.bias}
+    return torch.func.functional_call(net.part, state, (x,))
+
+
+PARTS = {
+    "counts": lambda: Parts(counts, count=0),
+    "tells others": lambda: Parts(tells, lambda net, x, _: net.part(x) * net.part.thing.told, thing=Thing()),
+    "remembers": lambda: Parts(remembers, seen=[]),
+    "keeps its result": lambda: Parts(keeps, lambda net, x, _: net.part(x) + net.part.held[0], held=[None]),
+    "told by its parent": lambda: Parts(lambda part, x: x * part.factor, by_batch, factor=1),
+    "hooked": lambda: Parts(lambda part, x: x, hooked),
+    "other weights": lambda: Parts(lambda part, x: x, swapped),
+    "writes into its input": lambda: Parts(lambda part, x: x, lambda net, x, _: net.part(x.mul_(2)) + x),
+    "writes into its result": lambda: Parts(lambda part, x: x.relu_(), lambda net, x, _: net.part(x).mul_(2)),
+    "returns its input": lambda: Parts(lambda part, x: x, lambda net, x, _: nn.ReLU(inplace=True)(net.part(x))),
+    "returns a view": lambda: Parts(lambda part, x: x[:, :], lambda net, x, _: net.part(x) * 2),
+    "returns many": lambda: Parts(
+        lambda part, x: {"x": x, "of": (x.relu(), 2)},
+        lambda net, x, _: (lambda out: out["x"] + out["of"][0] * out["of"][1])(net.part(x["x"])),
+    ),
+    "by name": lambda: Parts(lambda part, x: x, lambda net, x, _: net.part(x=x)),
+}
+
+
 class Secret(torch.autograd.Function):
     """Reads memory behind torch's back."""
 
@@ -155,6 +254,7 @@ ODD = {
     "sum of parts": lambda net, x: sum(x.chunk(2, 1)).repeat(1, 2, 1, 1),
 }
 NETS = {
+    **PARTS,
     "in place": InPlace,
     "separable": Separable,
     "placed": Placed,
@@ -164,7 +264,13 @@ NETS = {
     "branching": Branching,
     **{name: lambda between=between: Chain(between) for name, between in ODD.items()},
 }
-UNPROVABLE = {"remembering": Remembering, "secret": lambda: Chain(lambda net, x: Secret.apply(x))}
+UNPROVABLE = {
+    "remembering": Remembering,
+    "remembers deeper": lambda: Parts(remembers_deeper, seen=[[]]),
+    "draws by Python": lambda: Parts(lambda part, x: x * random.random()),
+    "draws by numpy": lambda: Parts(lambda part, x: x * float(numpy.random.rand())),
+    "secret": lambda: Chain(lambda net, x: Secret.apply(x)),
+}
 
 
 @pytest.mark.parametrize("kind", [*NETS, *UNPROVABLE])
@@ -241,6 +347,42 @@ def test_units_are_not_computed_again_before_they_are_mixed():
     assert counts[False] == batches * layers * (1 + 4 * shares)
     rest = batches * shares * (4 + 3 + 2 + 1)  # what comes after the masked layer
     assert counts[True] <= batches * layers + rest + batches * layers + 30  # all once, and the trial of one batch
+
+
+class Called(nn.Module):
+    """Two convolutions whose calls are counted where nothing looks."""
+
+    total = 0
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = conv(8, 8), conv(8, 8)
+
+    def forward(self, x):
+        Called.total += 1
+        return self.second(self.first(x).relu()).relu()
+
+
+def test_a_module_before_the_mask_is_not_called_again():
+    """Once for each batch, and where it is masked itself: its first layer ends the step, its second does not."""
+    net = nn.Sequential(conv(3, 8), nn.ReLU(), Called(), Called(), Called(), nn.Conv2d(8, 2, 1))
+    analysis = analysis_of(Wrapped(randomize(net)), loader(64, 16))
+    before = Called.total
+    analysis.run()
+    once, batches, shares = Called.total - before, 4, 3
+    analysis.evaluation.replaying, before = False, Called.total
+    analysis.run()
+    assert Called.total - before == 3 * batches * (1 + 7 * shares)
+    assert once < 3 * batches * (1 + 4 * shares)
+
+
+def test_random_numbers_go_on_where_they_were_even_after_an_error():
+    net = Wrapped(Parts(lambda part, x: x * random.random()))
+    before = random.getstate()
+    with pytest.raises(KeyboardInterrupt), untouched(net):
+        net.net(torch.zeros(1, 3, 8, 8))
+        raise KeyboardInterrupt
+    assert random.getstate() == before
 
 
 def test_memory_is_bounded_and_beyond_it_steps_run_whole():

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
+
+from lightslim.rng import isolated_rng
 
 
 class Projection(nn.Module):
@@ -27,7 +28,7 @@ class Projection(nn.Module):
     def __init__(self, dim: int, into: int, out: int) -> None:
         super().__init__()
         self.dim = dim
-        with isolate_rng():
+        with isolated_rng():
             torch.manual_seed(0)
             self.weight = nn.Linear(into, out, bias=False).weight
 

@@ -1,17 +1,19 @@
 """One number for a model: the same evaluation under every mask, and what comes before the mask is computed once."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightslim.infit import evaluate, visit
+from lightslim.prune.modules import Looks, calls_seen_by
 from lightslim.prune.neutral import zeroed
+from lightslim.prune.noting import FirstReads, Noting, Stop
 from lightslim.prune.prefix import NOTHING, Prefix
-from lightslim.prune.replay import Diverged, FastForward, FirstReads, Stop
+from lightslim.prune.replay import Diverged, FastForward
 from lightslim.prune.samples import Copies, Room, Samples
 from lightslim.prune.sources import Lasting
 from lightslim.prune.unitwise import Chain, Constants
@@ -46,6 +48,8 @@ class Evaluation:
         self.replaying = memory > 0
         self._prefixes: dict[tuple[int, int], Prefix] = {}
         self._constants: Constants | None = None
+        self._looks = Looks()
+        self._step: FastForward | None = None
         tensors = (*module.parameters(), *module.buffers()) if self.replaying else ()
         self._lasting = {id(tensor): Lasting.of(tensor) for tensor in tensors}
 
@@ -58,7 +62,7 @@ class Evaluation:
         with zeroed(self.module, cut):
             if self.replaying:
                 self._constants = self._constants and self._constants.under(cut)
-                with contextlib.suppress(Diverged):
+                with contextlib.suppress(Diverged), calls_seen_by(self._called):
                     return evaluate(self.trainer, self.module, loaders=self.samples, call=self._replay)
                 self._give_up("a step began in another way than before")
             return self.metrics()
@@ -92,7 +96,8 @@ class Evaluation:
         with zeroed(self.module, cut):
             plain = evaluate(self.trainer, self.module, loaders=one)
             try:
-                got = evaluate(self.trainer, self.module, loaders=one, call=self._poisoned)
+                with calls_seen_by(self._called):
+                    got = evaluate(self.trainer, self.module, loaders=one, call=self._poisoned)
             except Diverged:  # processes wait for each other at the end of an evaluation
                 got = dict.fromkeys(evaluate(self.trainer, self.module, loaders=one), float("nan"))
         self._forget()
@@ -124,7 +129,8 @@ class Evaluation:
             if noted is not None and covered and self._room.take(noted.bytes):
                 self._prefixes[loader_index, batch_index] = noted
 
-        visit(self.trainer, self.module, loaders, note)
+        with calls_seen_by(self._called):
+            visit(self.trainer, self.module, loaders, note)
 
     def _masked_units(self, weights: Sequence[Tensor], cut: Cut, chain: Chain) -> Constants | None:
         """What masked units are at the end of ``chain``, by one batch."""
@@ -138,16 +144,17 @@ class Evaluation:
             noted = self._noted(start, _addresses(weights), self._room.left, call, chain)
             found[0] = Constants.found(chain, cut, noted) if noted else None
 
-        with zeroed(self.module, cut):
+        with zeroed(self.module, cut), calls_seen_by(self._called):
             visit(self.trainer, self.module, self._one_batch(), look)
         return found[0]
 
     def _noted(
         self, start: Prefix, until: set[int], room: int, call: tuple[Any, Any, int, int], chain: Chain | None
     ) -> Prefix | None:
-        run = FastForward(NOTHING if start.reads(until) else start, self._lasting, until, room, chain=chain)
+        start = NOTHING if start.reads(until) else start
+        run = Noting(start, self._lasting, self._looks, until, room, chain)
         # Diverged: this batch is to run whole
-        with contextlib.suppress(Stop, Diverged), run.running():
+        with contextlib.suppress(Stop, Diverged), self._running(run):
             call_step(*call)
         return run.noted
 
@@ -155,8 +162,22 @@ class Evaluation:
         prefix = self._prefixes.get((loader_index, batch_index))
         if prefix is None:
             return call_step(step, batch, batch_index, loader_index)
-        with FastForward(prefix, self._lasting, poisoned=poisoned, constants=self._constants).running():
+        with self._running(FastForward(prefix, self._lasting, poisoned=poisoned, constants=self._constants)):
             return call_step(step, batch, batch_index, loader_index)
+
+    @contextlib.contextmanager
+    def _running(self, step: FastForward) -> Iterator[None]:
+        self._step = step
+        try:
+            with step.running():
+                yield
+        finally:
+            self._step = None
+
+    def _called(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._step is None:
+            return call(module, *args, **kwargs)
+        return self._step.called(call, module, args, kwargs)
 
     def _poisoned(self, step: Any, batch: Any, batch_index: int, loader_index: int) -> Any:
         return self._replay(step, batch, batch_index, loader_index, poisoned=True)

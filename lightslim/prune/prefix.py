@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightslim.prune.modules import State
 from lightslim.prune.sources import Lasting, Source
 
 VIEW, WRITE, NEW = "view", "write", "new"
@@ -23,6 +24,11 @@ class Blank:
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+
+    @classmethod
+    def like(cls, tensor: Tensor) -> "Blank":
+        """The one that makes tensors like this."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
     def make(self, poisoned: bool) -> Tensor:
         """The tensor; full of NaN (or of the largest number) if ``poisoned``."""
@@ -44,6 +50,35 @@ class Blank:
             return self.over(storage.clone())
 
 
+class Label(NamedTuple):
+    """What a tensor is in a step: where it came from, and how it lies in its memory.
+
+    Attributes:
+        kind: its class.
+        found: whether the step was given it, and did not make it.
+        origin: the number of its memory; of what was given, which of those it is.
+        shape: its sizes.
+        stride: its strides.
+        offset: where in the memory it begins.
+        dtype: of its numbers.
+    """
+
+    kind: type
+    found: bool
+    origin: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument that is returned, by its position among the leaves."""
+
+    position: int
+
+
 @dataclass(frozen=True)
 class Call:
     """One operation: what it was given and how to answer it without computing."""
@@ -51,10 +86,10 @@ class Call:
     func: Any
     given: tuple[Any, ...]
     kind: str
-    answer: tuple[Any, ...]  # by leaf: a Blank, the position of the argument that is returned, or a plain value
-    form: Any
+    answer: tuple[Any, ...]  # by leaf: a Blank, an Argument or a plain value
+    form: Any  # None if that is the only leaf
 
-    @property
+    @cached_property
     def blanks(self) -> list[Blank]:
         """The new tensors."""
         return [item for item in self.answer if isinstance(item, Blank)]
@@ -66,6 +101,36 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Span:
+    """The operations that a call of a module comes to, and what it returns.
+
+    Attributes:
+        states: what the module and those in it looked like.
+        args: what it was given: a :class:`Label` for each tensor but those that outlive the step, which stand as
+            they are.
+        kwargs: the same, given by name.
+        fresh: what outlives the step and comes up in it for the first time.
+        end: how many operations there are when it returns.
+        sources: how many sources have come up by then.
+        made: how much memory has been made.
+        answer: what it returns, by leaf: as of a :class:`Call`.
+        numbers: which of the memory that it makes is that of the Blanks.
+        form: as of a Call.
+    """
+
+    states: Sequence[State]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    fresh: Sequence[Lasting]
+    end: int
+    sources: int
+    made: int
+    answer: tuple[Any, ...]
+    numbers: Sequence[int]
+    form: Any
+
+
+@dataclass(frozen=True)
 class Prefix:
     """The beginning of one step.
 
@@ -73,11 +138,13 @@ class Prefix:
         calls: its operations.
         sources: the tensors that it did not make itself, in the order in which they came; None for a view of one.
         contents: the memory that is alive at its end, by number; never to be written to.
+        spans: operations that can be answered together, by the position of the first and the id of the module.
     """
 
     calls: tuple[Call, ...]
     sources: tuple[Source | None, ...]
     contents: Mapping[int, torch.UntypedStorage]
+    spans: Mapping[tuple[int, int], Span]
 
     @property
     def bytes(self) -> int:
@@ -100,7 +167,7 @@ class Prefix:
         return any(isinstance(source, Lasting) and source.storage in storages for source in self.sources)
 
 
-NOTHING = Prefix((), (), {})
+NOTHING = Prefix((), (), {}, {})
 
 
 def name_of(func: Any) -> str:

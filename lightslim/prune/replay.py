@@ -4,73 +4,70 @@ A step is any Python, so nothing is known about its layers. What is seen are the
 that reads a masked weight they are the same under every mask. Those of one batch are noted once, with the content of
 every tensor that is still alive where they end. From then on each is checked against the note and answered with an
 empty tensor, or, if it is to live, with one that shares the content noted until somebody writes to it. Where masked
-units are in it, it gets a content of its own, when something reads it after the last known operation.
+units are in it, it gets a content of its own, when something reads it after the last known operation. Modules
+that do nothing but compute their result are answered as a whole: most of an answer's time is the way to it.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightslim.prune.prefix import VIEW, WRITE, Blank, Call, Prefix, kind_of, leaves_of, name_of, plain
+from lightslim.prune.modules import unchanged
+from lightslim.prune.prefix import VIEW, Argument, Blank, Label, Prefix, Span, leaves_of
 from lightslim.prune.sources import Lasting, Passing, Source
-from lightslim.prune.unitwise import Chain, Constants
+from lightslim.prune.unitwise import Constants
 
 # What reads a tensor's memory without a tensor operation.
 _READERS = frozenset({"numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__array__", "__dlpack__",
                       "__deepcopy__", "__reduce_ex__"})  # fmt: skip
 
 
-class Stop(BaseException):
-    """Ends a step whose beginning has been noted; no user's ``except Exception`` holds it up."""
+class Unseen:
+    """While in force, no mode sees what happens to tensors: it is no part of the step."""
+
+    def __enter__(self) -> None:
+        self._guards = torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction()
+        for guard in self._guards:
+            guard.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        for guard in reversed(self._guards):
+            guard.__exit__(None, None, None)
 
 
 class Diverged(BaseException):
-    """A step did not begin as it had begun when it was noted."""
+    """A step did not begin as it had begun when it was noted; no user's ``except Exception`` holds it up."""
 
 
 class FastForward(TorchDispatchMode):
-    """Runs a step whose beginning is known; may note how it goes on.
+    """Runs a step whose beginning is known.
 
     Args:
         prefix: the known beginning.
         lasting: the tensors that outlive a step, by id.
-        until: storages; where the first of them is read the step is stopped and ``noted`` holds what came before.
-            None to run to the end.
-        room: bytes that ``noted`` may hold.
         poisoned: fill what is answered without computing with NaN, so that whoever reads it is found out.
-        chain: go on beyond ``until`` while it lasts.
         constants: what masked units hold at the end of ``prefix``.
-
-    Attributes:
-        noted: the longer beginning; None if there is none to be had.
     """
 
     def __init__(
-        self, prefix: Prefix, lasting: Mapping[int, Lasting], until: set[int] | None = None, room: int = 0,
-        poisoned: bool = False, chain: Chain | None = None, constants: Constants | None = None,
-    ) -> None:  # fmt: skip
+        self, prefix: Prefix, lasting: Mapping[int, Lasting], poisoned: bool = False, constants: Constants | None = None
+    ) -> None:
         super().__init__()
-        self.prefix, self.lasting, self.until, self.room, self.poisoned = prefix, lasting, until, room, poisoned
-        self.calls: list[Call] = list(prefix.calls) if until is not None else []
+        self.prefix, self.lasting, self.poisoned, self.constants = prefix, lasting, poisoned, constants
         self.sources: list[Source | None] = []
-        self.noted: Prefix | None = None
         self.diverged = False
-        self.chain, self.constants = chain, constants
-        self._ops = prefix.ops if chain is not None else []
-        self._entered = self._aligned = False
         self._position = 0
-        self._busy = self._stopped = False
+        self._busy = False
         self._active = contextlib.ExitStack()
         self._numbers: dict[int, int] = {}
-        self._made: list[StorageWeakRef] = []
+        self._made: list[StorageWeakRef | None] = []
         self._given: dict[int, tuple[int, Tensor]] = {}
         self._waiting: dict[int, int] = {}
 
@@ -80,24 +77,28 @@ class FastForward(TorchDispatchMode):
         with _Readers(self), contextlib.ExitStack() as self._active:
             self._active.enter_context(self)
             yield
-        if self.diverged or self._position < len(self.prefix.calls):
+        if self.diverged or not self._resumed:
             raise Diverged
         self._fill_all()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._stopped:  # somebody held the exception up
-            raise Stop
+        kwargs = kwargs or {}
         if self._busy:
-            return func(*args, **(kwargs or {}))
-        kwargs, self._busy = kwargs or {}, True
+            return func(*args, **kwargs)
+        self._busy = True
         try:
-            if self._position < len(self.prefix.calls):
-                return self._answer(func, args, kwargs)
-            if self._waiting:
-                self._fill(leaves_of(args, kwargs))
-            return func(*args, **kwargs) if self.until is None else self._note(func, args, kwargs)
+            return self._go_on(func, args, kwargs) if self._resumed else self._answer(func, args, kwargs)
         finally:
             self._busy = False
+
+    def called(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What a module returns: as it was noted if nothing is different now."""
+        span = self.prefix.spans.get((self._position, id(module)))
+        if span is not None:
+            with Unseen():
+                if self._begins(span, args, kwargs):
+                    return self._skip(span, args, kwargs)
+        return call(module, *args, **kwargs)
 
     def read(self) -> None:
         """The memory of some tensor is about to be read."""
@@ -105,19 +106,31 @@ class FastForward(TorchDispatchMode):
             return
         self._busy = True
         try:
-            if self._position < len(self.prefix.calls):
+            if not self._resumed:
                 self._diverge()
             self._fill_all()
-            if self.until is not None:
-                self._stop()
+            self._read_on()
         finally:
             self._busy = False
 
     def leave(self) -> None:
-        """Watch no longer, once there is nothing more to answer or to note: each operation watched takes its time."""
-        if not self._busy and self.until is None and self._position == len(self.prefix.calls):
+        """Watch no longer, once nothing is left to answer or to note: each operation watched takes its time."""
+        if self._resumed and not self._busy:
             self._active.close()
             self._fill_all()
+
+    @property
+    def _resumed(self) -> bool:
+        return self._position == len(self.prefix.calls)
+
+    def _go_on(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation after the known ones."""
+        if self._waiting:
+            self._fill(leaves_of(args, kwargs))
+        return func(*args, **kwargs)
+
+    def _read_on(self) -> None:
+        """Memory is about to be read after the known operations."""
 
     def _fill(self, leaves: Iterable[Any]) -> None:
         """Give the tensors among ``leaves`` the content that they had at the end of the prefix."""
@@ -130,10 +143,15 @@ class FastForward(TorchDispatchMode):
 
     def _fill_all(self) -> None:
         for number in self._waiting.values():
-            storage = torch.UntypedStorage._new_with_weak_ptr(self._made[number].cdata)
+            storage = self._alive(number)
             if storage is not None:
                 self._restore(storage, number)
         self._waiting.clear()
+
+    def _alive(self, number: int) -> torch.UntypedStorage | None:
+        """The memory of this number, if anybody still has it."""
+        made = self._made[number]
+        return None if made is None else torch.UntypedStorage._new_with_weak_ptr(made.cdata)
 
     def _restore(self, storage: torch.UntypedStorage, number: int) -> None:
         storage.copy_(self.prefix.contents[number])
@@ -145,29 +163,65 @@ class FastForward(TorchDispatchMode):
         raise Diverged
 
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        call = self.prefix.calls[self._position]
-        leaves = leaves_of(args, kwargs)
-        if func is not call.func or call.given != self._labels(leaves):
+        """What an operation returned when it was noted."""
+        call, leaves = self.prefix.calls[self._position], leaves_of(args, kwargs)
+        if func is not call.func or call.given != self._labels(leaves, self._source):
             self._diverge()
+        self._position += 1
         if call.kind == VIEW:
             out = func(*args, **kwargs)
             self._adopt(out)
-        else:
-            out = pytree.tree_unflatten([self._leaf(call, item, leaves) for item in call.answer], call.form)
-        self._position += 1
-        return out
+            return out
+        numbers = self._new_numbers(len(call.blanks))
+        return self._returned(call.answer, call.form, leaves, numbers)
 
-    def _leaf(self, call: Call, item: Any, leaves: list[Any]) -> Any:
-        if call.kind == WRITE:
-            return leaves[item]
-        if not isinstance(item, Blank):
-            return item
-        content = self.prefix.contents.get(len(self._made))
-        if content is None or self.poisoned or self._holds_masked(len(self._made)):
-            tensor = item.make(self.poisoned)
+    def _begins(self, span: Span, args: Any, kwargs: Any) -> bool:
+        """Whether a module is as it was, is given what it was given, and finds what it found."""
+        return (
+            len(args) == len(span.args)
+            and kwargs.keys() == span.kwargs.keys()
+            and all(map(self._is, args, span.args))
+            and all(self._is(value, span.kwargs[name]) for name, value in kwargs.items())
+            and all(source.same(source.tensor) for source in span.fresh)
+            and unchanged(span.states)
+        )
+
+    def _is(self, value: Any, noted: Any) -> bool:
+        """Whether an argument is the one that was noted."""
+        if type(noted) is Label:
+            return isinstance(value, Tensor) and self._label(value, self._known) == noted
+        if isinstance(noted, (list, tuple)):
+            return type(value) is type(noted) and len(value) == len(noted) and all(map(self._is, value, noted))
+        return value is noted or (type(value) is type(noted) and not isinstance(value, Tensor) and value == noted)
+
+    def _skip(self, span: Span, args: Any, kwargs: Any) -> Any:
+        """What a module returned, its operations being passed over."""
+        for source in self.prefix.sources[len(self.sources) : span.sources]:
+            self._give(getattr(source, "tensor", None), source)
+        made = self._new_numbers(span.made - len(self._made))
+        self._position = span.end
+        return self._returned(span.answer, span.form, leaves_of(args, kwargs), [made[at] for at in span.numbers])
+
+    def _new_numbers(self, count: int) -> range:
+        self._made.extend([None] * count)
+        return range(len(self._made) - count, len(self._made))
+
+    def _returned(self, answer: Iterable[Any], form: Any, leaves: Sequence[Any], numbers: Iterable[int]) -> Any:
+        numbered, outs = iter(numbers), []
+        for item in answer:
+            if isinstance(item, Blank):
+                item = self._tensor(item, next(numbered))
+            outs.append(leaves[item.position] if isinstance(item, Argument) else item)
+        return outs[0] if form is None else pytree.tree_unflatten(outs, form)
+
+    def _tensor(self, blank: Blank, number: int) -> Tensor:
+        """A tensor in the place of the one that was made; what it is to hold may come later."""
+        content = self.prefix.contents.get(number)
+        if content is None or self.poisoned or self._holds_masked(number):
+            tensor = blank.make(self.poisoned)
         else:
-            tensor, content = item.copy(content), None
-        number = self._number(tensor)
+            tensor, content = blank.copy(content), None
+        self._mark(tensor, number)
         if content is not None:
             self._waiting[tensor.untyped_storage()._cdata] = number
         return tensor
@@ -176,45 +230,45 @@ class FastForward(TorchDispatchMode):
         """Whether masked units are in this memory, so that it is another one under each mask."""
         return self.constants is not None and self.prefix.births[number][0] in self.constants.values
 
-    def _number(self, tensor: Tensor) -> int:
+    def _mark(self, tensor: Tensor, number: int) -> None:
         storage = tensor.untyped_storage()
-        self._numbers[storage._cdata] = len(self._made)
-        self._made.append(StorageWeakRef(storage))  # no later storage gets its address
-        return len(self._made) - 1
+        self._numbers[storage._cdata] = number
+        self._made[number] = StorageWeakRef(storage)  # no later storage gets its address
 
-    def _labels(self, leaves: Iterable[Any]) -> tuple[Any, ...]:
-        return tuple(self._label(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves)
+    def _labels(self, leaves: Iterable[Any], origin_of: Callable[[Tensor], int]) -> tuple[Any, ...]:
+        return tuple(
+            self._label(leaf, origin_of) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves
+        )
 
-    def _label(self, tensor: Tensor) -> tuple[Any, ...]:
-        """What a tensor is in this step: where its memory came from and how it lies in it."""
+    def _label(self, tensor: Tensor, origin_of: Callable[[Tensor], int]) -> Label:
         if tensor.layout is not torch.strided:
             self._diverge()
         number = self._numbers.get(tensor.untyped_storage()._cdata)
-        origin = self._source(tensor) if number is None else number
-        return (
-            type(tensor),
-            number is None,
-            origin,
-            tensor.shape,
-            tensor.stride(),
-            tensor.storage_offset(),
-            tensor.dtype,
+        found, origin = (True, origin_of(tensor)) if number is None else (False, number)
+        return Label(
+            type(tensor), found, origin, tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype
         )
 
     def _source(self, tensor: Tensor) -> int:
+        """Which of the tensors that the step did not make this is; the next one, if it is new."""
         if id(tensor) not in self._given:
             known = self.prefix.sources[len(self.sources) : len(self.sources) + 1]
-            if self._position < len(self.prefix.calls) and not (known and known[0] and known[0].same(tensor)):
+            if not self._resumed and not (known and known[0] and known[0].same(tensor)):
                 self._diverge()
             self._give(tensor, known[0] if known else self._new_source(tensor))
         return self._given[id(tensor)][0]
+
+    def _known(self, tensor: Tensor) -> int:
+        """The same for one that has come up; -1 for others."""
+        return self._given[id(tensor)][0] if id(tensor) in self._given else -1
 
     def _new_source(self, tensor: Tensor) -> Source:
         lasting = self.lasting.get(id(tensor))
         return lasting if lasting and lasting.same(tensor) else Passing(tensor.clone())
 
-    def _give(self, tensor: Tensor, source: Source | None) -> None:
-        self._given[id(tensor)] = len(self._given), tensor
+    def _give(self, tensor: Tensor | None, source: Source | None) -> None:
+        if tensor is not None:
+            self._given[id(tensor)] = len(self.sources), tensor
         self.sources.append(source)
 
     def _adopt(self, out: Any) -> None:
@@ -222,96 +276,6 @@ class FastForward(TorchDispatchMode):
         for view in pytree.tree_leaves(out):
             if isinstance(view, Tensor) and view.untyped_storage()._cdata not in self._numbers:
                 self._give(view, None)
-
-    def _note(self, func: Any, args: Any, kwargs: Any) -> Any:
-        leaves = leaves_of(args, kwargs)
-        if not all(map(plain, leaves)) or self._ends_here(func, args, leaves):
-            self._stop()
-        kind, given = kind_of(func), self._labels(leaves)
-        out = func(*args, **kwargs)
-        outs, form = pytree.tree_flatten(out)
-        answer = self._answerable(kind, outs, leaves) if given == self._labels(leaves) else None
-        if answer is None:  # and it may have written already: there is no note
-            self._stopped = True
-            raise Stop
-        self.calls.append(Call(func, given, kind, answer, form))
-        if self.chain is not None and self.calls[-1].returns_tensors:
-            self._ops.append(name_of(func))
-        if kind == VIEW:
-            self._adopt(out)
-        return out
-
-    def _ends_here(self, func: Any, args: Any, leaves: Iterable[Any]) -> bool:
-        """Whether the operation mixes masked units, or leaves other traces than its result."""
-        storages = [leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)]
-        named = list(zip(func._schema.arguments, args, strict=False))
-        return bool(
-            func.namespace != "aten"
-            or {torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view} & set(func.tags)
-            or self._mixes(func, storages)
-            or any(argument.name in ("train", "training") and value is True for argument, value in named)
-            or (kind_of(func) == WRITE and not self._writes_own(named, leaves))
-        )
-
-    def _mixes(self, func: Any, storages: Iterable[int]) -> bool:
-        """Whether the operation reads a masked weight, unless it is known to keep the units apart."""
-        masked = not (self.until or set()).isdisjoint(storages)
-        at = len(self._ops)
-        if masked and not self._entered:
-            self._entered = True
-            self._aligned = self.chain is not None and self._ops == list(self.chain.ops[:at])
-        if self.chain is None or not self._aligned or not self._entered:
-            return masked
-        known = at < len(self.chain.ops) and self.chain.ops[at] == name_of(func)
-        return not known or (masked and at not in self.chain.touching)
-
-    def _writes_own(self, named: Iterable[tuple[Any, Any]], leaves: Iterable[Any]) -> bool:
-        """Whether only tensors that the step has made itself are written; those given by name could be any."""
-        written = [value for argument, value in named if argument.alias_info and argument.alias_info.is_write]
-        tensors = [leaf for leaf in pytree.tree_leaves(written or list(leaves)) if isinstance(leaf, Tensor)]
-        return all(tensor.untyped_storage()._cdata in self._numbers for tensor in tensors)
-
-    def _answerable(self, kind: str, outs: list[Any], leaves: list[Any]) -> tuple[Any, ...] | None:
-        if kind == VIEW:
-            return ()
-        if kind == WRITE:
-            found = [next((i for i, leaf in enumerate(leaves) if leaf is out), None) for out in outs]
-            return None if None in found else tuple(found)
-        storages = [out.untyped_storage()._cdata for out in outs if isinstance(out, Tensor)]
-        if len(set(storages)) < len(storages) or not all(map(self._is_new, outs)):
-            return None
-        return tuple(map(self._blank, outs))
-
-    def _is_new(self, out: Any) -> bool:
-        if not isinstance(out, Tensor):
-            return True
-        if not plain(out) or out.storage_offset():
-            return False
-        storage, known = out.untyped_storage(), {t.untyped_storage()._cdata for _, t in self._given.values()}
-        extent = 1 + sum((size - 1) * step for size, step in zip(out.shape, out.stride(), strict=True))
-        needed = extent * out.element_size() if out.numel() else 0
-        return storage._cdata not in self._numbers and storage._cdata not in known and storage.nbytes() == needed
-
-    def _blank(self, out: Any) -> Any:
-        if not isinstance(out, Tensor):
-            return out
-        self._number(out)
-        return Blank(tuple(out.shape), out.stride(), out.dtype, out.device)
-
-    def _stop(self) -> None:
-        self._stopped = True
-        self._fill_all()
-        alive = {n: torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for n, ref in enumerate(self._made)}
-        contents = {number: storage for number, storage in alive.items() if storage is not None}
-        self.noted = Prefix(tuple(self.calls), tuple(self.sources), contents)
-        if self.noted.bytes > self.room or not self.calls:
-            self.noted = None
-        else:
-            # The step is over, but what it has put somewhere may be written to in the next
-            births = self.noted.births
-            copies = {number: births[number][1].copy(storage).untyped_storage() for number, storage in contents.items()}
-            self.noted = replace(self.noted, contents=copies)
-        raise Stop
 
 
 class _Readers(TorchFunctionMode):
@@ -325,22 +289,4 @@ class _Readers(TorchFunctionMode):
         if getattr(func, "__name__", "") in _READERS:
             self.step.read()
         self.step.leave()
-        return func(*args, **(kwargs or {}))
-
-
-class FirstReads(TorchDispatchMode):
-    """Notes when each storage is first read, and whether processes talk to each other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.at: dict[int, int] = {}
-        self.collective = False
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        self.collective |= "c10d" in func.namespace
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
-                self.at.setdefault(leaf.untyped_storage()._cdata, self.count)
         return func(*args, **(kwargs or {}))

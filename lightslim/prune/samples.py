@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightslim.rng import isolated_rng
 from lightslim.steps import batch_size_of, tensors_in
 
 
@@ -76,7 +76,7 @@ class Samples:
         self._loader, self._limit, self._rate, self._seed = loader, limit, rate, seed
         self.kept = Copies()
         self.whole = True
-        with isolate_rng(), _generators_kept(loader):
+        with isolated_rng(), _generators_kept(loader):
             self._subset = None if rate is None else _subset(loader, self._most, rate, seed)
             for batch in self._read():
                 self.whole = room.take(sum(t.numel() * t.element_size() for t in tensors_in(batch)))
