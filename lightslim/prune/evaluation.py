@@ -16,7 +16,7 @@ from lightslim.prune.prefix import NOTHING, Prefix
 from lightslim.prune.replay import Diverged, FastForward
 from lightslim.prune.samples import Copies, Room, Samples
 from lightslim.prune.sources import Lasting
-from lightslim.prune.unitwise import Chain, Constants
+from lightslim.prune.unitwise import Batch, Chain, Constants, Masked
 from lightslim.steps import call_step
 from lightslim.surgery import Cut
 
@@ -46,8 +46,8 @@ class Evaluation:
         self._room = Room(memory)
         self.samples = [Samples(loader, limit, rate, self._room) for loader, limit in zip(loaders, limits, strict=True)]
         self.replaying = memory > 0
-        self._prefixes: dict[tuple[int, int], Prefix] = {}
-        self._constants: Constants | None = None
+        self._prefixes: dict[Batch, Prefix] = {}
+        self._masked = Masked({}, None)
         self._looks = Looks()
         self._step: FastForward | None = None
         tensors = (*module.parameters(), *module.buffers()) if self.replaying else ()
@@ -61,7 +61,7 @@ class Evaluation:
         """The same with zeros where ``cut`` would take units away; see :meth:`prepare`."""
         with zeroed(self.module, cut):
             if self.replaying:
-                self._constants = self._constants and self._constants.under(cut)
+                self._masked.mask(cut)
                 with contextlib.suppress(Diverged), calls_seen_by(self._called):
                     return evaluate(self.trainer, self.module, loaders=self.samples, call=self._replay)
                 self._give_up("a step began in another way than before")
@@ -95,6 +95,7 @@ class Evaluation:
         self._prepare(one, weights, cut, chain)
         with zeroed(self.module, cut):
             plain = evaluate(self.trainer, self.module, loaders=one)
+            self._masked.mask(cut)
             try:
                 with calls_seen_by(self._called):
                     got = evaluate(self.trainer, self.module, loaders=one, call=self._poisoned)
@@ -118,19 +119,21 @@ class Evaluation:
     def _prepare(
         self, loaders: Sequence[Sequence[Any]], weights: Sequence[Tensor], cut: Cut, chain: Chain | None
     ) -> None:
-        self._constants = self._masked_units(weights, cut, chain) if chain else None
-        chain, until = chain if self._constants else None, _addresses(weights)
+        self._masked = Masked({}, None)  # its copies go before new ones come
+        constants = self._masked_units(weights, cut, chain) if chain else None
+        chain, until = chain if constants else None, _addresses(weights)
 
         def note(step: Any, batch: Any, batch_index: int, loader_index: int) -> None:
             start = self._prefixes.pop((loader_index, batch_index), NOTHING)
             self._room.left += start.bytes
             noted = self._noted(start, until, self._room.left, (step, batch, batch_index, loader_index), chain)
-            covered = noted is None or self._constants is None or self._constants.cover(noted)
+            covered = noted is None or constants is None or constants.cover(noted)
             if noted is not None and covered and self._room.take(noted.bytes):
                 self._prefixes[loader_index, batch_index] = noted
 
         with calls_seen_by(self._called):
             visit(self.trainer, self.module, loaders, note)
+        self._masked = Masked(self._prefixes, constants)
 
     def _masked_units(self, weights: Sequence[Tensor], cut: Cut, chain: Chain) -> Constants | None:
         """What masked units are at the end of ``chain``, by one batch."""
@@ -159,10 +162,10 @@ class Evaluation:
         return run.noted
 
     def _replay(self, step: Any, batch: Any, batch_index: int, loader_index: int, poisoned: bool = False) -> Any:
-        prefix = self._prefixes.get((loader_index, batch_index))
+        prefix = self._masked.prefixes.get((loader_index, batch_index))
         if prefix is None:
             return call_step(step, batch, batch_index, loader_index)
-        with self._running(FastForward(prefix, self._lasting, poisoned=poisoned, constants=self._constants)):
+        with self._running(FastForward(prefix, self._lasting, poisoned)):
             return call_step(step, batch, batch_index, loader_index)
 
     @contextlib.contextmanager
@@ -190,6 +193,7 @@ class Evaluation:
     def _forget(self) -> None:
         self._room.left += sum(prefix.bytes for prefix in self._prefixes.values())
         self._prefixes.clear()
+        self._masked = Masked({}, None)
 
     def _give_up(self, reason: str) -> None:
         self.replaying = False

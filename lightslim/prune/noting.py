@@ -24,7 +24,7 @@ from lightslim.prune.prefix import (
     plain,
 )
 from lightslim.prune.replay import FastForward, Unseen
-from lightslim.prune.sources import Lasting
+from lightslim.prune.sources import Lasting, Source
 from lightslim.prune.unitwise import Chain
 
 
@@ -55,6 +55,8 @@ class Noting(FastForward):
         self.looks, self.until, self.room, self.chain = looks, until, room, chain
         self.calls, self.spans = list(prefix.calls), dict(prefix.spans)
         self.noted: Prefix | None = None
+        self._random = drawn()
+        self._foreign: set[int] = set()
         self._ops = prefix.ops if chain is not None else []
         self._entered = self._aligned = self._stopped = False
 
@@ -131,8 +133,13 @@ class Noting(FastForward):
             return True
         if not plain(out) or not _fills_its_memory(out):
             return False
-        address, known = out.untyped_storage()._cdata, {t.untyped_storage()._cdata for _, t in self._given.values()}
-        return address not in self._numbers and address not in known
+        address = out.untyped_storage()._cdata
+        return address not in self._numbers and address not in self._foreign
+
+    def _give(self, tensor: Tensor | None, source: Source | None) -> None:
+        super()._give(tensor, source)
+        if tensor is not None:
+            self._foreign.add(tensor.untyped_storage()._cdata)
 
     def _blank(self, out: Any) -> Any:
         if not isinstance(out, Tensor):
@@ -145,19 +152,20 @@ class Noting(FastForward):
 
     def called(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What a module returns, which is noted as a whole if all that its call does is to compute that."""
-        if not self._resumed:
-            return super().called(call, module, args, kwargs)
+        begin, sources, made = self._count(), len(self.sources), len(self._made)
         with Unseen():
-            states, random = self.looks.at(module), drawn()
-        calls, sources, made = len(self.calls), len(self.sources), len(self._made)
-        out = call(module, *args, **kwargs)
-        if states is not None and len(self.calls) > calls:
+            states = self.looks.at(module)
+        out = super().called(call, module, args, kwargs)
+        if states is not None and self._count() > begin and (begin, id(module)) not in self.spans:
             with Unseen():
-                pure = unchanged(states) and drawn() == random
-                span = self._span(states, args, kwargs, out, sources, made) if pure else None
+                span = self._span(states, args, kwargs, out, sources, made) if unchanged(states) else None
             if span is not None:
-                self.spans[calls, id(module)] = span
+                self.spans[begin, id(module)] = span
         return out
+
+    def _count(self) -> int:
+        """How many operations there have been."""
+        return len(self.calls) if self._resumed else self._position
 
     def _span(self, states: Sequence[State], args: Any, kwargs: Any, out: Any, sources: int, made: int) -> Span | None:
         """The note of a call that leaves nothing behind but what it returns, and returns nothing old."""
@@ -173,7 +181,7 @@ class Noting(FastForward):
         ):
             return None
         given, names = tuple(map(self._noted, args)), {name: self._noted(value) for name, value in kwargs.items()}
-        end, numbers = (len(self.calls), len(self.sources), len(self._made)), [number - made for number in numbers]
+        end, numbers = (self._count(), len(self.sources), len(self._made)), [number - made for number in numbers]
         return Span(states, given, names, fresh, *end, answer, numbers, form)
 
     def _noted(self, value: Any) -> Any:
@@ -198,15 +206,18 @@ class Noting(FastForward):
         self._fill_all()
         alive = {number: self._alive(number) for number in range(len(self._made))}
         contents = {number: storage for number, storage in alive.items() if storage is not None}
-        self.noted = Prefix(tuple(self.calls), tuple(self.sources), contents, self.spans)
-        if self.noted.bytes > self.room or not self.calls:
-            self.noted = None
-        else:
+        noted = Prefix(tuple(self.calls), tuple(self.sources), contents, frozenset(), self._trusted())
+        births, dims = noted.births, self.chain.dims if self.chain is not None else {}
+        noted = replace(noted, units=frozenset(number for number in contents if births[number][0] in dims))
+        if noted.bytes <= self.room and self.calls:
             # The step is over, but what it has put somewhere may be written to in the next
-            births = self.noted.births
             copies = {number: births[number][1].copy(storage).untyped_storage() for number, storage in contents.items()}
-            self.noted = replace(self.noted, contents=copies)
+            self.noted = replace(noted, contents=copies)
         raise Stop
+
+    def _trusted(self) -> Mapping[tuple[int, int], Span]:
+        """What can be answered as a whole: nothing new where a random number was drawn, which would be passed over."""
+        return self.spans if drawn() == self._random else self.prefix.spans
 
 
 class FirstReads(TorchDispatchMode):

@@ -1,7 +1,7 @@
 """The beginning of a step as it was noted: its operations, and how to answer them without computing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -138,18 +138,21 @@ class Prefix:
         calls: its operations.
         sources: the tensors that it did not make itself, in the order in which they came; None for a view of one.
         contents: the memory that is alive at its end, by number; never to be written to.
+        units: which of it holds units that are about to be masked, for which there is a second copy.
         spans: operations that can be answered together, by the position of the first and the id of the module.
     """
 
     calls: tuple[Call, ...]
     sources: tuple[Source | None, ...]
     contents: Mapping[int, torch.UntypedStorage]
+    units: frozenset[int]
     spans: Mapping[tuple[int, int], Span]
 
     @property
     def bytes(self) -> int:
         """The memory that it holds."""
-        return sum(s.nbytes() for s in self.contents.values()) + sum(s.bytes for s in self.sources if s)
+        held = [*self.contents.values(), *(self.contents[number] for number in self.units)]
+        return sum(s.nbytes() for s in held) + sum(s.bytes for s in self.sources if s)
 
     @property
     def ops(self) -> list[str]:
@@ -162,12 +165,18 @@ class Prefix:
         making = (call for call in self.calls if call.returns_tensors)
         return [((i, k), blank) for i, call in enumerate(making) for k, blank in enumerate(call.blanks)]
 
+    def copy(self) -> "Prefix":
+        """The same with memory of its own for the units, which is copied when one of the two is written to."""
+        births = self.births
+        own = {number: births[number][1].copy(self.contents[number]).untyped_storage() for number in self.units}
+        return replace(self, contents={**self.contents, **own})
+
     def reads(self, storages: set[int]) -> bool:
         """Whether it reads one of these storages."""
         return any(isinstance(source, Lasting) and source.storage in storages for source in self.sources)
 
 
-NOTHING = Prefix((), (), {}, {})
+NOTHING = Prefix((), (), {}, frozenset(), {})
 
 
 def name_of(func: Any) -> str:

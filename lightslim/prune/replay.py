@@ -3,9 +3,8 @@
 A step is any Python, so nothing is known about its layers. What is seen are the tensor operations: up to the first one
 that reads a masked weight they are the same under every mask. Those of one batch are noted once, with the content of
 every tensor that is still alive where they end. From then on each is checked against the note and answered with an
-empty tensor, or, if it is to live, with one that shares the content noted until somebody writes to it. Where masked
-units are in it, it gets a content of its own, when something reads it after the last known operation. Modules
-that do nothing but compute their result are answered as a whole: most of an answer's time is the way to it.
+empty tensor, or, if it is to live, with one that shares the content noted until somebody writes to it. Modules that do
+nothing but compute their result are answered as a whole: most of an answer's time is the way to it.
 """
 
 import contextlib
@@ -22,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightslim.prune.modules import unchanged
 from lightslim.prune.prefix import VIEW, Argument, Blank, Label, Prefix, Span, leaves_of
 from lightslim.prune.sources import Lasting, Passing, Source
-from lightslim.prune.unitwise import Constants
 
 # What reads a tensor's memory without a tensor operation.
 _READERS = frozenset({"numpy", "tolist", "data_ptr", "untyped_storage", "storage", "__array__", "__dlpack__",
@@ -53,14 +51,11 @@ class FastForward(TorchDispatchMode):
         prefix: the known beginning.
         lasting: the tensors that outlive a step, by id.
         poisoned: fill what is answered without computing with NaN, so that whoever reads it is found out.
-        constants: what masked units hold at the end of ``prefix``.
     """
 
-    def __init__(
-        self, prefix: Prefix, lasting: Mapping[int, Lasting], poisoned: bool = False, constants: Constants | None = None
-    ) -> None:
+    def __init__(self, prefix: Prefix, lasting: Mapping[int, Lasting], poisoned: bool = False) -> None:
         super().__init__()
-        self.prefix, self.lasting, self.poisoned, self.constants = prefix, lasting, poisoned, constants
+        self.prefix, self.lasting, self.poisoned = prefix, lasting, poisoned
         self.sources: list[Source | None] = []
         self.diverged = False
         self._position = 0
@@ -139,24 +134,19 @@ class FastForward(TorchDispatchMode):
                 storage = leaf.untyped_storage()
                 number = self._waiting.pop(storage._cdata, None)
                 if number is not None:
-                    self._restore(storage, number)
+                    storage.copy_(self.prefix.contents[number])
 
     def _fill_all(self) -> None:
         for number in self._waiting.values():
             storage = self._alive(number)
             if storage is not None:
-                self._restore(storage, number)
+                storage.copy_(self.prefix.contents[number])
         self._waiting.clear()
 
     def _alive(self, number: int) -> torch.UntypedStorage | None:
         """The memory of this number, if anybody still has it."""
         made = self._made[number]
         return None if made is None else torch.UntypedStorage._new_with_weak_ptr(made.cdata)
-
-    def _restore(self, storage: torch.UntypedStorage, number: int) -> None:
-        storage.copy_(self.prefix.contents[number])
-        if self.constants is not None:
-            self.constants.put(storage, *self.prefix.births[number])
 
     def _diverge(self) -> None:
         self.diverged = True
@@ -215,20 +205,13 @@ class FastForward(TorchDispatchMode):
         return outs[0] if form is None else pytree.tree_unflatten(outs, form)
 
     def _tensor(self, blank: Blank, number: int) -> Tensor:
-        """A tensor in the place of the one that was made; what it is to hold may come later."""
+        """A tensor in the place of the one that was made."""
         content = self.prefix.contents.get(number)
-        if content is None or self.poisoned or self._holds_masked(number):
-            tensor = blank.make(self.poisoned)
-        else:
-            tensor, content = blank.copy(content), None
+        tensor = blank.make(self.poisoned) if content is None or self.poisoned else blank.copy(content)
         self._mark(tensor, number)
-        if content is not None:
+        if content is not None and self.poisoned:
             self._waiting[tensor.untyped_storage()._cdata] = number
         return tensor
-
-    def _holds_masked(self, number: int) -> bool:
-        """Whether masked units are in this memory, so that it is another one under each mask."""
-        return self.constants is not None and self.prefix.births[number][0] in self.constants.values
 
     def _mark(self, tensor: Tensor, number: int) -> None:
         storage = tensor.untyped_storage()

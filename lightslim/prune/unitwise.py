@@ -1,13 +1,13 @@
 """How far the units of a layer stay apart: up to the first operation that mixes them, masked ones need no computing."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightslim.graph import Axis, Graph, Group, Made, leaves
-from lightslim.prune.prefix import Birth, Blank, Prefix
+from lightslim.prune.prefix import Birth, Prefix
 from lightslim.prune.sources import equal
 from lightslim.surgery import Cut
 
@@ -20,6 +20,8 @@ UNIT_BY_UNIT = frozenset(
     """.split()  # noqa: SIM905
 )
 OF_TWO = frozenset({"add", "sub", "mul", "div"})
+Batch = tuple[int, int]
+"""The indices of a loader and of a batch of it."""
 _POSITION_OF_INPUT = {"addmm": 1}
 
 
@@ -38,6 +40,11 @@ class Chain:
     touching: frozenset[int]
     dims: Mapping[Birth, int]
     slot: tuple[str, int]
+
+    def gone(self, cut: Cut) -> set[int]:
+        """The units that ``cut`` masks; a small share of few units may be none."""
+        gone = (set(range(item.size)) - set(item.kept) for item in cut.slices if (item.tensor, item.dim) == self.slot)
+        return next(gone, set())
 
 
 def chains(graph: Graph, groups: Mapping[str, Group]) -> dict[str, Chain]:
@@ -97,46 +104,62 @@ class Constants:
     Attributes:
         chain: where they were made.
         values: by operation and output, one number per unit.
-        gone: the units that are masked.
     """
 
     chain: Chain
     values: Mapping[Birth, Tensor]
-    gone: Tensor
 
     @classmethod
     def found(cls, chain: Chain, cut: Cut, prefix: Prefix) -> "Constants | None":
         """Those in ``prefix``, noted while ``cut`` was masked; None if some unit is not the same everywhere."""
-        gone, values = _gone(chain, cut), {}
-        for number in prefix.contents:
+        gone, values = torch.tensor(sorted(chain.gone(cut))), {}
+        for number in prefix.units:
             birth, blank = prefix.births[number]
-            if birth in chain.dims:
-                rows = blank.over(prefix.contents[number]).movedim(chain.dims[birth], 0).flatten(1)
-                masked = rows[gone]
-                if not equal(masked, masked[:, :1].expand_as(masked).contiguous()):
-                    return None
-                values[birth] = rows[:, 0].clone()
-        return cls(chain, values, gone)
-
-    def under(self, cut: Cut) -> "Constants":
-        """The same for a cut that masks some of these units."""
-        return replace(self, gone=_gone(self.chain, cut))
+            rows = blank.over(prefix.contents[number]).movedim(chain.dims[birth], 0).flatten(1)
+            masked = rows[gone]
+            if not equal(masked, masked[:, :1].expand_as(masked).contiguous()):
+                return None
+            values[birth] = rows[:, 0].clone()
+        return cls(chain, values)
 
     def cover(self, prefix: Prefix) -> bool:
         """Whether all that holds units at the end of ``prefix`` is known."""
-        births = (prefix.births[number][0] for number in prefix.contents)
-        return all(birth in self.values for birth in births if birth in self.chain.dims)
+        return all(prefix.births[number][0] in self.values for number in prefix.units)
 
-    def put(self, storage: torch.UntypedStorage, birth: Birth, blank: Blank) -> None:
-        """Give the masked units in ``storage`` their values."""
-        if birth not in self.values:
+    def put(self, prefix: Prefix, units: Sequence[int]) -> None:
+        """Give these units their values in ``prefix``."""
+        for number in prefix.units:
+            birth, blank = prefix.births[number]
+            dim, content = self.chain.dims[birth], blank.over(prefix.contents[number])
+            at = torch.tensor(units, dtype=torch.int64, device=content.device)
+            values = self.values[birth][at].reshape([-1 if d == dim else 1 for d in range(content.ndim)])
+            shape = [len(units) if d == dim else size for d, size in enumerate(content.shape)]
+            content.index_copy_(dim, at, values.expand(shape))
+
+
+class Masked:
+    """The beginnings of steps under one mask after another.
+
+    Args:
+        prefixes: the beginnings without a mask, by batch.
+        constants: what masked units hold at their ends; None if no unit is handled in them.
+
+    Attributes:
+        prefixes: the same under the mask.
+    """
+
+    def __init__(self, prefixes: Mapping[Batch, Prefix], constants: Constants | None) -> None:
+        self._plain, self._constants = prefixes, constants
+        self._gone: set[int] | None = None
+        self.prefixes = prefixes
+
+    def mask(self, cut: Cut) -> None:
+        """Change to another mask; what was masked and still is stays as it is."""
+        if self._constants is None:
             return
-        dim, content = self.chain.dims[birth], blank.over(storage)
-        values = self.values[birth][self.gone].reshape([-1 if d == dim else 1 for d in range(content.ndim)])
-        shape = [len(self.gone) if d == dim else size for d, size in enumerate(content.shape)]
-        content.index_copy_(dim, self.gone.to(content.device), values.expand(shape))
-
-
-def _gone(chain: Chain, cut: Cut) -> Tensor:
-    gone = (set(range(item.size)) - set(item.kept) for item in cut.slices if (item.tensor, item.dim) == chain.slot)
-    return torch.tensor(sorted(next(gone, ())), dtype=torch.int64)  # a small share of few units may be none
+        gone = self._constants.chain.gone(cut)
+        if self._gone is None or not self._gone <= gone:
+            self.prefixes, self._gone = {batch: prefix.copy() for batch, prefix in self._plain.items()}, set()
+        for prefix in self.prefixes.values():
+            self._constants.put(prefix, sorted(gone - self._gone))
+        self._gone = gone
