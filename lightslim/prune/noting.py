@@ -147,7 +147,7 @@ class Noting(FastForward):
         self._mark(out, self._new_numbers(1)[0])
         return Blank.like(out)
 
-    def leave(self) -> None:
+    def leave(self, altogether: bool = False) -> None:
         """There is something to note up to the end."""
 
     def called(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:

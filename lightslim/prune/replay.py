@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from lightslim.prune.modules import unchanged
 from lightslim.prune.prefix import VIEW, Argument, Blank, Label, Prefix, Span, leaves_of
@@ -58,9 +58,10 @@ class FastForward(TorchDispatchMode):
         self.prefix, self.lasting, self.poisoned = prefix, lasting, poisoned
         self.sources: list[Source | None] = []
         self.diverged = False
+        self._readers = _Readers(self)
         self._position = 0
         self._busy = False
-        self._active = contextlib.ExitStack()
+        self._watching, self._reading = contextlib.ExitStack(), contextlib.ExitStack()
         self._numbers: dict[int, int] = {}
         self._made: list[StorageWeakRef | None] = []
         self._given: dict[int, tuple[int, Tensor]] = {}
@@ -69,8 +70,9 @@ class FastForward(TorchDispatchMode):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Run what is inside; raises :class:`Diverged` when it is not the step that was noted."""
-        with _Readers(self), contextlib.ExitStack() as self._active:
-            self._active.enter_context(self)
+        with self._reading, self._watching:
+            self._reading.enter_context(self._readers)
+            self._watching.enter_context(self)
             yield
         if self.diverged or not self._resumed:
             raise Diverged
@@ -93,6 +95,7 @@ class FastForward(TorchDispatchMode):
             with Unseen():
                 if self._begins(span, args, kwargs):
                     return self._skip(span, args, kwargs)
+        self.leave(altogether=True)
         return call(module, *args, **kwargs)
 
     def read(self) -> None:
@@ -108,11 +111,19 @@ class FastForward(TorchDispatchMode):
         finally:
             self._busy = False
 
-    def leave(self) -> None:
-        """Watch no longer, once nothing is left to answer or to note: each operation watched takes its time."""
-        if self._resumed and not self._busy:
-            self._active.close()
+    def leave(self, altogether: bool = False) -> None:
+        """Watch no longer, once nothing is left to answer or to note: all that is watched takes its time.
+
+        Args:
+            altogether: see no functions, either; not to be asked for by one.
+        """
+        if not self._resumed or self._busy:
+            return
+        if _get_current_dispatch_mode() is self:  # and not one of the step's own
+            self._watching.close()
             self._fill_all()
+        if altogether and _get_current_function_mode() is self._readers:
+            self._reading.close()
 
     @property
     def _resumed(self) -> bool:
