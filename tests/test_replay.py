@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import random
+from typing import NamedTuple
 
 import numpy
 import pytest
@@ -141,7 +142,8 @@ class Part(nn.Module):
         self.besides = besides
         vars(self).update(attributes)
 
-    def forward(self, x):
+    def forward(self, x, size=None):
+        x = x[0] + x[1] if isinstance(x, (list, tuple)) else x
         return self.besides(self, self.conv(x))
 
 
@@ -157,6 +159,13 @@ class Parts(nn.Module):
     def forward(self, x):
         y = self.around(self, self.first(self.a(x).relu()), x)
         return self.c(self.b(y).relu())
+
+
+class Pair(NamedTuple):
+    """Two inputs."""
+
+    one: torch.Tensor
+    other: torch.Tensor
 
 
 class Thing:
@@ -225,6 +234,8 @@ PARTS = {
         lambda part, x: {"x": x, "of": (x.relu(), 2)},
         lambda net, x, _: (lambda out: out["x"] + out["of"][0] * out["of"][1])(net.part(x["x"])),
     ),
+    "given a list": lambda: Parts(lambda part, x: x, lambda net, x, _: net.part([x, x * 2], x.shape)),
+    "given a named tuple": lambda: Parts(lambda part, x: x, lambda net, x, _: net.part(Pair(x, x * 2))),
     "by name": lambda: Parts(lambda part, x: x, lambda net, x, _: net.part(x=x)),
 }
 

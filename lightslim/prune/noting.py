@@ -176,6 +176,7 @@ class Noting(FastForward):
         fresh = [source for source in found if isinstance(source, Lasting)]
         if sorted(numbers) != kept or not (
             all(source is None or isinstance(source, Lasting) for source in found)
+            and all(map(_is_plain_list, (*args, *kwargs.values())))
             and all(map(self._is_traced, leaves))
             and all(type(item) in (Blank, Argument, *PLAIN_VALUES) for item in answer)
         ):
@@ -186,7 +187,7 @@ class Noting(FastForward):
 
     def _noted(self, value: Any) -> Any:
         """An argument as a :class:`Span` holds it."""
-        if isinstance(value, (list, tuple)):
+        if type(value) in (list, tuple):
             return type(value)(map(self._noted, value))
         if not isinstance(value, Tensor) or id(value) in self.lasting:
             return value
@@ -236,6 +237,11 @@ class FirstReads(TorchDispatchMode):
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
                 self.at.setdefault(leaf.untyped_storage()._cdata, self.count)
         return func(*args, **(kwargs or {}))
+
+
+def _is_plain_list(value: Any) -> bool:
+    """Whether an argument is what it holds, and no list of a kind of its own."""
+    return type(value) in (list, tuple, torch.Size) or not isinstance(value, (list, tuple))
 
 
 def _argument(out: Any, leaves: Iterable[Any]) -> Argument | None:
