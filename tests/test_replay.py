@@ -361,27 +361,104 @@ def test_units_are_not_computed_again_before_they_are_mixed():
     assert counts[True] <= batches * layers + rest + batches * layers + 30  # all once, and the trial of one batch
 
 
-class Called(nn.Module):
-    """Two convolutions whose calls are counted where nothing looks."""
+def test_a_module_of_torch_before_the_mask_is_not_called_again(monkeypatch):
+    """What its forward calls is counted where nothing looks."""
+    calls, own = [0], nn.functional.conv2d
 
-    total = 0
+    def counted(*args, **kwargs):
+        calls[0] += 1
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "conv2d", counted)
+    net = nn.Sequential(*(nn.Sequential(conv(3 if not i else 8, 8), nn.BatchNorm2d(8), nn.ReLU()) for i in range(4)))
+    analysis = analysis_of(Wrapped(randomize(net.append(conv(8, 2)))), loader(64, 16))
+    evaluation, ways, counts = analysis.evaluation, chains(analysis.graph, analysis.groups), []
+    cuts = {name: analysis._cuts(name, [0.5])[0] for name in analysis.groups}
+    for name, cut in cuts.items():
+        evaluation.prepare(analysis._weights(cut), cut, ways[name])
+        calls[0] = 0
+        evaluation.masked(cut)
+        counts.append(calls[0])
+    batches, first = 4, 1  # that is given the batch, which is none of the step's own
+    assert counts == [batches * (first + behind) for behind in (4, 3, 2, 1)]
+
+
+class Modes(TorchDispatchMode):
+    """Counts the operations that it sees."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = conv(8, 8), conv(8, 8)
+        self.seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted_by_mode(net, x, batch):
+    with Modes() as mode:
+        x = net.part.conv(x)
+    return x * mode.seen
+
+
+def with_gradients(net, x, batch):
+    with torch.enable_grad():
+        out = net.part.conv(x.detach().requires_grad_())
+        return x + torch.autograd.grad(out.square().sum(), net.part.conv.bias)[0].mean()
+
+
+def vectorized(net, x, batch):
+    return torch.vmap(net.part.conv)(x)
+
+
+def seeded(part, x):
+    torch.manual_seed(0)
+    return x
+
+
+class Uneven(nn.Module):
+    """A batch of another size has one more operation in front of the masked layers."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.stem, self.a, self.b, self.c, self.first = conv(3, 4), conv(4, 8), conv(8, 8), conv(8, 2), first
 
     def forward(self, x):
-        Called.total += 1
-        return self.second(self.first(x).relu()).relu()
+        more = 8 < len(x) < 16
+        x = self.stem(x * 1.5 if more and self.first else x)
+        x = x * 1.5 if more and not self.first else x
+        return self.c(self.b(self.a(x).relu()).relu())
 
 
-def test_a_module_before_the_mask_is_not_called_again():
-    net = nn.Sequential(conv(3, 8), nn.ReLU(), Called(), Called(), Called(), nn.Conv2d(8, 2, 1))
-    analysis, batches, shares, before = analysis_of(Wrapped(randomize(net)), loader(64, 16)), 4, 3, Called.total
-    analysis.run()
-    rest = batches * shares * (3 + 3 + 2 + 2 + 1 + 1 + 0)  # by layer, those that are called after or around its mask
-    noting = (batches + 1) * 7 * 2  # by layer, around the beginning and the end of what is new in a note
-    assert rest <= Called.total - before <= rest + noting + 3 * (batches + 5)
+class Weighed(nn.Module):
+    """Units are weighed by a vector that stays alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.weights = conv(3, 8), conv(8, 2), nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        weights = self.weights.sigmoid()
+        return self.b((self.a(x) * weights.view(1, -1, 1, 1)).relu()) + 0 * weights.sum()
+
+
+WAYS = {
+    "a mode of its own": lambda: Parts(lambda part, x: x, counted_by_mode),
+    "gradients": lambda: Parts(lambda part, x: x, with_gradients),
+    "vmap": lambda: Parts(lambda part, x: x, vectorized),
+    "seeds": lambda: Parts(seeded, lambda net, x, batch: net.part(x) + torch.rand(1)),
+    "one operation more": lambda: Uneven(first=False),
+    "one operation more at first": lambda: Uneven(first=True),
+    "a vector of weights": Weighed,
+}
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_no_bit_changes_whatever_way_a_step_takes(kind):
+    module, data = Wrapped(randomize(WAYS[kind]())), loader(44)  # batches of 16, 16 and 12
+    once, plain = analysis_of(module, data), analysis_of(module, data)
+    plain.evaluation.replaying = False
+    assert plain.run()[0] == once.run()[0]
 
 
 def test_random_numbers_go_on_where_they_were_even_after_an_error():

@@ -47,10 +47,11 @@ class Evaluation:
         self._room = Room(memory)
         self.samples = [Samples(loader, limit, rate, self._room) for loader, limit in zip(loaders, limits, strict=True)]
         self.replaying = memory > 0
-        _keep_freed_memory()
+        if self.replaying and trainer.strategy.root_device.type == "cpu":
+            _keep_freed_memory()
         self._prefixes: dict[Batch, Prefix] = {}
         self._masked = Masked({}, None)
-        self._looks = Looks()
+        self._looks = Looks(module)
         self._step: FastForward | None = None
         tensors = (*module.parameters(), *module.buffers()) if self.replaying else ()
         self._lasting = {id(tensor): Lasting.of(tensor) for tensor in tensors}
@@ -210,6 +211,7 @@ def _addresses(tensors: Sequence[Tensor]) -> set[int]:
 def _keep_freed_memory() -> None:
     """Let the C library keep what one step frees for the next one, instead of having it zeroed by the kernel each time.
 
-    glibc keeps twice as much as the largest block, of 32 MiB at most, that it had mapped by itself and that was freed.
+    glibc keeps twice as much as the largest block, of 32 MiB at most, that it had mapped by itself and that was freed:
+    from here on up to 62 MiB.
     """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
+    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")

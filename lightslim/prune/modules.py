@@ -5,7 +5,6 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from threading import get_ident
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,13 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 PLAIN_VALUES = (
-    bool, int, float, complex, str, bytes, type(None), type, FunctionType, BuiltinFunctionType,
+    bool, int, float, complex, str, bytes, type(None),
     torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 _OF_TORCH = frozenset(vars(nn.Module()))
-State = tuple[nn.Module, dict[str, Any]]
-"""A module and a copy of its attributes."""
+State = tuple[nn.Module, dict[str, Any], Any]
+"""A module, a copy of its attributes, and the forward method of its class."""
 
 
 class Hidden(Exception):
@@ -52,41 +51,54 @@ def calls_seen_by(see: Callable[[Callable[..., Any], nn.Module, Any, Any], Any])
 
 
 class Looks:
-    """What modules look like; what has not changed since the last look is held once.
+    """What the modules of a network look like; what has not changed since the last look is held once.
+
+    Args:
+        network: others than its modules are not looked at.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
-        >>> before = Looks().at(net)
+        >>> before = Looks(net).at(net)
         >>> unchanged(before), setattr(net[1], "inplace", True), unchanged(before)
         (True, None, False)
     """
 
-    def __init__(self) -> None:
-        self._known: dict[int, State] = {}
+    def __init__(self, network: nn.Module) -> None:
+        self._own = set(map(id, network.modules()))
+        self._seen: dict[int, State] = {}
 
     def at(self, module: nn.Module) -> Sequence[State] | None:
-        """What a module and those in it look like; None if a call could change, or ask, something else.
+        """What a module and those in it look like; None if a call could do more than compute its result.
 
-        Hooks could, and attributes that are not plain values or containers of them.
+        Only torch's own classes are known not to: what a user's code does besides may not show in its attributes.
+        Hooks are code of the user's, too, and so may be attributes that are no plain values or containers of them.
         """
         try:
-            return None if _has_any_global_hook() else [self._state(child) for child in module.modules()]
+            return [self._state(child) for child in module.modules()]
         except Hidden:
             return None
 
     def _state(self, module: nn.Module) -> State:
-        known = self._known.get(id(module))
-        if known is None or not unchanged([known]):
-            known = self._known[id(module)] = module, _attributes(module)
-        return known
+        if id(module) not in self._own or not type(module).__module__.startswith("torch.nn.modules."):
+            raise Hidden
+        seen = self._seen.get(id(module))
+        if seen is None or not unchanged([seen]):
+            seen = self._seen[id(module)] = module, _attributes(module), type(module).forward
+        return seen
 
 
 def unchanged(states: Sequence[State]) -> bool:
     """Whether modules look as they did."""
     try:
-        return all(vars(module) == attributes for module, attributes in states)
+        return all(vars(module) == known and type(module).forward is forward for module, known, forward in states)
     except Exception:  # tensors in the place of others, which cannot be compared to a single truth
         return False
+
+
+def plainly_called() -> bool:
+    """Whether a call is one without gradients, transformations of ``torch.func`` and hooks for all modules."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return not (torch.is_grad_enabled() or transformed or _has_any_global_hook())
 
 
 def drawn() -> Any:
@@ -96,7 +108,7 @@ def drawn() -> Any:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    if module._forward_hooks or module._forward_pre_hooks:
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         raise Hidden
     return {name: _copied_or_own(name, value) for name, value in vars(module).items()}
 
@@ -110,7 +122,7 @@ def _copied_or_own(name: str, value: Any) -> Any:
 
 def _copied(value: Any) -> Any:
     """A copy of plain values in containers."""
-    if isinstance(value, dict):
+    if type(value) is dict:
         return {_copied(key): _copied(item) for key, item in value.items()}
     if type(value) in _CONTAINERS:
         return type(value)(map(_copied, value))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightslim.prune.modules import PLAIN_VALUES, Looks, State, drawn, unchanged
+from lightslim.prune.modules import PLAIN_VALUES, Looks, State, drawn, plainly_called, unchanged
 from lightslim.prune.prefix import (
     VIEW,
     WRITE,
@@ -154,7 +154,7 @@ class Noting(FastForward):
         """What a module returns, which is noted as a whole if all that its call does is to compute that."""
         begin, sources, made = self._count(), len(self.sources), len(self._made)
         with Unseen():
-            states = self.looks.at(module)
+            states = self.looks.at(module) if self._on_top() and plainly_called() else None
         out = super().called(call, module, args, kwargs)
         if states is not None and self._count() > begin and (begin, id(module)) not in self.spans:
             with Unseen():
@@ -208,7 +208,7 @@ class Noting(FastForward):
         alive = {number: self._alive(number) for number in range(len(self._made))}
         contents = {number: storage for number, storage in alive.items() if storage is not None}
         noted = Prefix(tuple(self.calls), tuple(self.sources), contents, frozenset(), self._trusted())
-        births, dims = noted.births, self.chain.dims if self.chain is not None else {}
+        births, dims = noted.births, self.chain.dims if self.chain is not None and self._aligned else {}
         noted = replace(noted, units=frozenset(number for number in contents if births[number][0] in dims))
         if noted.bytes <= self.room and self.calls:
             # The step is over, but what it has put somewhere may be written to in the next

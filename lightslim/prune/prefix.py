@@ -137,7 +137,7 @@ class Prefix:
     Attributes:
         calls: its operations.
         sources: the tensors that it did not make itself, in the order in which they came; None for a view of one.
-        contents: the memory that is alive at its end, by number; never to be written to.
+        contents: the memory that is alive at its end, by number; a step that writes to it writes to a copy.
         units: which of it holds units that are about to be masked, for which there is a second copy.
         spans: operations that can be answered together, by the position of the first and the id of the module.
     """

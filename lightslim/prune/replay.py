@@ -3,8 +3,8 @@
 A step is any Python, so nothing is known about its layers. What is seen are the tensor operations: up to the first one
 that reads a masked weight they are the same under every mask. Those of one batch are noted once, with the content of
 every tensor that is still alive where they end. From then on each is checked against the note and answered with an
-empty tensor, or, if it is to live, with one that shares the content noted until somebody writes to it. Modules that do
-nothing but compute their result are answered as a whole: most of an answer's time is the way to it.
+empty tensor, or, if it is to live, with one that shares the content noted until somebody writes to it. Modules of
+torch's own are answered as a whole: most of an answer's time is the way to it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from lightslim.prune.modules import unchanged
+from lightslim.prune.modules import plainly_called, unchanged
 from lightslim.prune.prefix import VIEW, Argument, Blank, Label, Prefix, Span, leaves_of
 from lightslim.prune.sources import Lasting, Passing, Source
 
@@ -91,12 +91,16 @@ class FastForward(TorchDispatchMode):
     def called(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What a module returns: as it was noted if nothing is different now."""
         span = self.prefix.spans.get((self._position, id(module)))
-        if span is not None:
+        if span is not None and self._on_top() and plainly_called():
             with Unseen():
                 if self._begins(span, args, kwargs):
                     return self._skip(span, args, kwargs)
         self.leave(altogether=True)
         return call(module, *args, **kwargs)
+
+    def _on_top(self) -> bool:
+        """Whether no mode of the step's own would see what is called."""
+        return _get_current_dispatch_mode() is self and _get_current_function_mode() is self._readers
 
     def read(self) -> None:
         """The memory of some tensor is about to be read."""
@@ -119,11 +123,11 @@ class FastForward(TorchDispatchMode):
         """
         if not self._resumed or self._busy:
             return
+        if altogether and self._on_top():
+            self._reading.close()
         if _get_current_dispatch_mode() is self:  # and not one of the step's own
             self._watching.close()
             self._fill_all()
-        if altogether and _get_current_function_mode() is self._readers:
-            self._reading.close()
 
     @property
     def _resumed(self) -> bool:
@@ -180,7 +184,7 @@ class FastForward(TorchDispatchMode):
         """Whether a module is as it was, is given what it was given, and finds what it found."""
         return (
             len(args) == len(span.args)
-            and kwargs.keys() == span.kwargs.keys()
+            and list(kwargs) == list(span.kwargs)
             and all(map(self._is, args, span.args))
             and all(self._is(value, span.kwargs[name]) for name, value in kwargs.items())
             and all(source.same(source.tensor) for source in span.fresh)

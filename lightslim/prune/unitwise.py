@@ -115,7 +115,10 @@ class Constants:
         gone, values = torch.tensor(sorted(chain.gone(cut))), {}
         for number in prefix.units:
             birth, blank = prefix.births[number]
-            rows = blank.over(prefix.contents[number]).movedim(chain.dims[birth], 0).flatten(1)
+            rows = blank.over(prefix.contents[number]).movedim(chain.dims[birth], 0)
+            if not rows.numel():
+                return None
+            rows = rows.reshape(len(rows), -1)
             masked = rows[gone]
             if not equal(masked, masked[:, :1].expand_as(masked).contiguous()):
                 return None
@@ -159,6 +162,7 @@ class Masked:
             return
         gone = self._constants.chain.gone(cut)
         if self._gone is None or not self._gone <= gone:
+            self.prefixes = {}  # its copies go before new ones come
             self.prefixes, self._gone = {batch: prefix.copy() for batch, prefix in self._plain.items()}, set()
         for prefix in self.prefixes.values():
             self._constants.put(prefix, sorted(gone - self._gone))
