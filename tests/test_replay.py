@@ -442,7 +442,23 @@ class Weighed(nn.Module):
         return self.b((self.a(x) * weights.view(1, -1, 1, 1)).relu()) + 0 * weights.sum()
 
 
+TOLD: dict[str, float] = {}
+KEPT: list[torch.Tensor] = []
+
+
+def tells_everybody(part, x):
+    TOLD["mean"] = float(x.mean())
+    return x
+
+
+def keeps_elsewhere(part, x):
+    KEPT[:] = [x]
+    return x.relu()
+
+
 WAYS = {
+    "tells everybody": lambda: Parts(tells_everybody, lambda net, x, _: net.part(x) * TOLD["mean"]),
+    "keeps elsewhere": lambda: Parts(keeps_elsewhere, lambda net, x, _: net.part(x) + KEPT[0]),
     "a mode of its own": lambda: Parts(lambda part, x: x, counted_by_mode),
     "gradients": lambda: Parts(lambda part, x: x, with_gradients),
     "vmap": lambda: Parts(lambda part, x: x, vectorized),
