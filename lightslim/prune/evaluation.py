@@ -141,11 +141,9 @@ class Evaluation:
     def _masked_units(self, weights: Sequence[Tensor], cut: Cut, chain: Chain) -> Constants | None:
         """What masked units are at the end of ``chain``, by one batch."""
         found: list[Constants | None] = [None]
-        unmasked = _addresses(weights)
 
         def look(step: Any, batch: Any, batch_index: int, loader_index: int) -> None:
             start = self._prefixes.get((loader_index, batch_index), NOTHING)
-            start = NOTHING if start.reads(unmasked) else start
             call = (step, batch, batch_index, loader_index)
             noted = self._noted(start, _addresses(weights), self._room.left, call, chain)
             found[0] = Constants.found(chain, cut, noted) if noted else None

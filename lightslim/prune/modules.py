@@ -1,13 +1,10 @@
-"""Calls of modules: who may see them, and whether one can have done anything but compute its result."""
+"""Calls of modules: who may see them, and which do nothing but compute their result."""
 
 import contextlib
-import random
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from threading import get_ident
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -16,7 +13,6 @@ PLAIN_VALUES = (
     bool, int, float, complex, str, bytes, type(None),
     torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
-_CONTAINERS = (list, tuple, set, frozenset, deque)
 _OF_TORCH = frozenset(vars(nn.Module()))
 State = tuple[nn.Module, dict[str, Any], Any]
 """A module, a copy of its attributes, and the forward method of its class."""
@@ -71,7 +67,7 @@ class Looks:
         """What a module and those in it look like; None if a call could do more than compute its result.
 
         Only torch's own classes are known not to: what a user's code does besides may not show in its attributes.
-        Hooks are code of the user's, too, and so may be attributes that are no plain values or containers of them.
+        Hooks are code of the user's, too, and so may be attributes that are no plain values or lists of them.
         """
         try:
             return [self._state(child) for child in module.modules()]
@@ -101,12 +97,6 @@ def plainly_called() -> bool:
     return not (torch.is_grad_enabled() or transformed or _has_any_global_hook())
 
 
-def drawn() -> Any:
-    """What changes when Python or numpy draw a random number."""
-    _, words, *rest = np.random.get_state(legacy=True)
-    return random.getstate(), words.tobytes(), rest  # type: ignore[union-attr]
-
-
 def _attributes(module: nn.Module) -> dict[str, Any]:
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         raise Hidden
@@ -121,10 +111,8 @@ def _copied_or_own(name: str, value: Any) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of plain values in containers."""
-    if type(value) is dict:
-        return {_copied(key): _copied(item) for key, item in value.items()}
-    if type(value) in _CONTAINERS:
+    """A copy of a plain value, or of a list of some."""
+    if type(value) in (list, tuple):
         return type(value)(map(_copied, value))
     if type(value) in PLAIN_VALUES:
         return value

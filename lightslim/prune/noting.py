@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightslim.prune.modules import PLAIN_VALUES, Looks, State, drawn, plainly_called, unchanged
+from lightslim.prune.modules import PLAIN_VALUES, Looks, State, plainly_called, unchanged
 from lightslim.prune.prefix import (
     VIEW,
     WRITE,
@@ -55,7 +55,6 @@ class Noting(FastForward):
         self.looks, self.until, self.room, self.chain = looks, until, room, chain
         self.calls, self.spans = list(prefix.calls), dict(prefix.spans)
         self.noted: Prefix | None = None
-        self._random = drawn()
         self._foreign: set[int] = set()
         self._ops = prefix.ops if chain is not None else []
         self._entered = self._aligned = self._stopped = False
@@ -147,20 +146,22 @@ class Noting(FastForward):
         self._mark(out, self._new_numbers(1)[0])
         return Blank.like(out)
 
-    def leave(self, altogether: bool = False) -> None:
-        """There is something to note up to the end."""
+    @property
+    def _finished(self) -> bool:
+        return False  # there is something to note up to the end
 
     def called(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         """What a module returns, which is noted as a whole if all that its call does is to compute that."""
-        begin, sources, made = self._count(), len(self.sources), len(self._made)
+        key, sources, made = (self._count(), id(module)), len(self.sources), len(self._made)
         with Unseen():
-            states = self.looks.at(module) if self._on_top() and plainly_called() else None
+            looked_at = key not in self.spans and self._on_top() and plainly_called()
+            states = self.looks.at(module) if looked_at else None
         out = super().called(call, module, args, kwargs)
-        if states is not None and self._count() > begin and (begin, id(module)) not in self.spans:
+        if states is not None and self._count() > key[0]:
             with Unseen():
                 span = self._span(states, args, kwargs, out, sources, made) if unchanged(states) else None
             if span is not None:
-                self.spans[begin, id(module)] = span
+                self.spans[key] = span
         return out
 
     def _count(self) -> int:
@@ -176,14 +177,22 @@ class Noting(FastForward):
         fresh = [source for source in found if isinstance(source, Lasting)]
         if sorted(numbers) != kept or not (
             all(source is None or isinstance(source, Lasting) for source in found)
-            and all(map(_is_plain_list, (*args, *kwargs.values())))
             and all(map(self._is_traced, leaves))
             and all(type(item) in (Blank, Argument, *PLAIN_VALUES) for item in answer)
         ):
             return None
-        given, names = tuple(map(self._noted, args)), {name: self._noted(value) for name, value in kwargs.items()}
-        end, numbers = (self._count(), len(self.sources), len(self._made)), [number - made for number in numbers]
-        return Span(states, given, names, fresh, *end, answer, numbers, form)
+        return Span(
+            states=states,
+            args=tuple(map(self._noted, args)),
+            kwargs={name: self._noted(value) for name, value in kwargs.items()},
+            fresh=fresh,
+            end=self._count(),
+            sources=len(self.sources),
+            made=len(self._made),
+            answer=answer,
+            numbers=[number - made for number in numbers],
+            form=form,
+        )
 
     def _noted(self, value: Any) -> Any:
         """An argument as a :class:`Span` holds it."""
@@ -191,7 +200,7 @@ class Noting(FastForward):
             return type(value)(map(self._noted, value))
         if not isinstance(value, Tensor) or id(value) in self.lasting:
             return value
-        return self._label(value, self._known)
+        return self._label(value, self._index_of)
 
     def _number(self, tensor: Tensor) -> int:
         return self._numbers.get(tensor.untyped_storage()._cdata, -1)
@@ -207,7 +216,7 @@ class Noting(FastForward):
         self._fill_all()
         alive = {number: self._alive(number) for number in range(len(self._made))}
         contents = {number: storage for number, storage in alive.items() if storage is not None}
-        noted = Prefix(tuple(self.calls), tuple(self.sources), contents, frozenset(), self._trusted())
+        noted = Prefix(tuple(self.calls), tuple(self.sources), contents, frozenset(), self.spans)
         births, dims = noted.births, self.chain.dims if self.chain is not None and self._aligned else {}
         noted = replace(noted, units=frozenset(number for number in contents if births[number][0] in dims))
         if noted.bytes <= self.room and self.calls:
@@ -215,10 +224,6 @@ class Noting(FastForward):
             copies = {number: births[number][1].copy(storage).untyped_storage() for number, storage in contents.items()}
             self.noted = replace(noted, contents=copies)
         raise Stop
-
-    def _trusted(self) -> Mapping[tuple[int, int], Span]:
-        """What can be answered as a whole: nothing new where a random number was drawn, which would be passed over."""
-        return self.spans if drawn() == self._random else self.prefix.spans
 
 
 class FirstReads(TorchDispatchMode):
@@ -237,11 +242,6 @@ class FirstReads(TorchDispatchMode):
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
                 self.at.setdefault(leaf.untyped_storage()._cdata, self.count)
         return func(*args, **(kwargs or {}))
-
-
-def _is_plain_list(value: Any) -> bool:
-    """Whether an argument is what it holds, and no list of a kind of its own."""
-    return type(value) in (list, tuple, torch.Size) or not isinstance(value, (list, tuple))
 
 
 def _argument(out: Any, leaves: Iterable[Any]) -> Argument | None:

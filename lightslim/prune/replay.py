@@ -95,7 +95,7 @@ class FastForward(TorchDispatchMode):
             with Unseen():
                 if self._begins(span, args, kwargs):
                     return self._skip(span, args, kwargs)
-        self.leave(altogether=True)
+        self.leave_altogether()
         return call(module, *args, **kwargs)
 
     def _on_top(self) -> bool:
@@ -115,19 +115,21 @@ class FastForward(TorchDispatchMode):
         finally:
             self._busy = False
 
-    def leave(self, altogether: bool = False) -> None:
-        """Watch no longer, once nothing is left to answer or to note: all that is watched takes its time.
-
-        Args:
-            altogether: see no functions, either; not to be asked for by one.
-        """
-        if not self._resumed or self._busy:
-            return
-        if altogether and self._on_top():
-            self._reading.close()
-        if _get_current_dispatch_mode() is self:  # and not one of the step's own
+    def leave(self) -> None:
+        """Watch no longer, once nothing is left to answer: each operation watched takes its time."""
+        if self._finished and _get_current_dispatch_mode() is self:  # and not a mode of the step's own
             self._watching.close()
             self._fill_all()
+
+    def leave_altogether(self) -> None:
+        """See no functions any more, either; a function cannot do that, since it is being seen."""
+        if self._finished and self._on_top():
+            self._reading.close()
+        self.leave()
+
+    @property
+    def _finished(self) -> bool:
+        return self._resumed and not self._busy
 
     @property
     def _resumed(self) -> bool:
@@ -185,18 +187,18 @@ class FastForward(TorchDispatchMode):
         return (
             len(args) == len(span.args)
             and list(kwargs) == list(span.kwargs)
-            and all(map(self._is, args, span.args))
-            and all(self._is(value, span.kwargs[name]) for name, value in kwargs.items())
+            and all(map(self._matches, args, span.args))
+            and all(self._matches(value, span.kwargs[name]) for name, value in kwargs.items())
             and all(source.same(source.tensor) for source in span.fresh)
             and unchanged(span.states)
         )
 
-    def _is(self, value: Any, noted: Any) -> bool:
+    def _matches(self, value: Any, noted: Any) -> bool:
         """Whether an argument is the one that was noted."""
         if type(noted) is Label:
-            return isinstance(value, Tensor) and self._label(value, self._known) == noted
+            return isinstance(value, Tensor) and self._label(value, self._index_of) == noted
         if isinstance(noted, (list, tuple)):
-            return type(value) is type(noted) and len(value) == len(noted) and all(map(self._is, value, noted))
+            return type(value) is type(noted) and len(value) == len(noted) and all(map(self._matches, value, noted))
         return value is noted or (type(value) is type(noted) and not isinstance(value, Tensor) and value == noted)
 
     def _skip(self, span: Span, args: Any, kwargs: Any) -> Any:
@@ -256,7 +258,7 @@ class FastForward(TorchDispatchMode):
             self._give(tensor, known[0] if known else self._new_source(tensor))
         return self._given[id(tensor)][0]
 
-    def _known(self, tensor: Tensor) -> int:
+    def _index_of(self, tensor: Tensor) -> int:
         """The same for one that has come up; -1 for others."""
         return self._given[id(tensor)][0] if id(tensor) in self._given else -1
 

@@ -104,26 +104,28 @@ class Constants:
     Attributes:
         chain: where they were made.
         values: by operation and output, one number per unit.
+        units: those that were masked when the values were taken.
     """
 
     chain: Chain
     values: Mapping[Birth, Tensor]
+    units: set[int]
 
     @classmethod
     def found(cls, chain: Chain, cut: Cut, prefix: Prefix) -> "Constants | None":
         """Those in ``prefix``, noted while ``cut`` was masked; None if some unit is not the same everywhere."""
-        gone, values = torch.tensor(sorted(chain.gone(cut))), {}
+        gone, values = chain.gone(cut), {}
         for number in prefix.units:
             birth, blank = prefix.births[number]
             rows = blank.over(prefix.contents[number]).movedim(chain.dims[birth], 0)
             if not rows.numel():
                 return None
             rows = rows.reshape(len(rows), -1)
-            masked = rows[gone]
+            masked = rows[sorted(gone)]
             if not equal(masked, masked[:, :1].expand_as(masked).contiguous()):
                 return None
             values[birth] = rows[:, 0].clone()
-        return cls(chain, values)
+        return cls(chain, values, gone)
 
     def cover(self, prefix: Prefix) -> bool:
         """Whether all that holds units at the end of ``prefix`` is known."""
@@ -148,7 +150,7 @@ class Masked:
         constants: what masked units hold at their ends; None if no unit is handled in them.
 
     Attributes:
-        prefixes: the same under the mask.
+        prefixes: the same under the mask; none where it masks units of which no constants are known.
     """
 
     def __init__(self, prefixes: Mapping[Batch, Prefix], constants: Constants | None) -> None:
@@ -157,10 +159,13 @@ class Masked:
         self.prefixes = prefixes
 
     def mask(self, cut: Cut) -> None:
-        """Change to another mask; what was masked and still is stays as it is."""
+        """Change to another mask; what stays masked is not touched, so that larger ones had better come later."""
         if self._constants is None:
             return
         gone = self._constants.chain.gone(cut)
+        if not gone <= self._constants.units:
+            self.prefixes, self._gone = {}, None
+            return
         if self._gone is None or not self._gone <= gone:
             self.prefixes = {}  # its copies go before new ones come
             self.prefixes, self._gone = {batch: prefix.copy() for batch, prefix in self._plain.items()}, set()
