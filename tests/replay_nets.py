@@ -217,7 +217,14 @@ def swapped(net, x, batch):
     return torch.func.functional_call(net.part, state, (x,))
 
 
+def counted_by_mode(net, x, batch):
+    with Convolutions() as mode:
+        x = net.part.conv(x)
+    return x * mode.count
+
+
 PARTS = {
+    "a mode of its own": lambda: Parts(lambda part, x: x, counted_by_mode),
     "counts": lambda: Parts(counts, count=0),
     "tells others": lambda: Parts(tells, lambda net, x, _: net.part(x) * net.part.thing.told, thing=Thing()),
     "remembers": lambda: Parts(remembers, seen=[]),
@@ -282,12 +289,6 @@ UNPROVABLE = {
     "draws by numpy": lambda: Parts(lambda part, x: x * float(numpy.random.rand())),
     "secret": lambda: Chain(lambda net, x: Secret.apply(x)),
 }
-
-
-def counted_by_mode(net, x, batch):
-    with Convolutions() as mode:
-        x = net.part.conv(x)
-    return x * mode.count
 
 
 def with_gradients(net, x, batch):
@@ -371,12 +372,18 @@ def keeps_elsewhere(part, x):
     return x.relu()
 
 
+class Told(Parts):
+    """What a module told is used behind the last layer."""
+
+    def forward(self, x):
+        return super().forward(x) * TOLD["mean"]
+
+
 WAYS = {
-    "tells everybody": lambda: Parts(tells_everybody, lambda net, x, _: net.part(x) * TOLD["mean"]),
+    "tells everybody": lambda: Told(tells_everybody),
     "keeps elsewhere": lambda: Parts(keeps_elsewhere, lambda net, x, _: net.part(x) + KEPT[0]),
     "turned": Turned,
     "flat": Flat,
-    "a mode of its own": lambda: Parts(lambda part, x: x, counted_by_mode),
     "gradients": lambda: Parts(lambda part, x: x, with_gradients),
     "vmap": lambda: Parts(lambda part, x: x, vectorized),
     "seeds": lambda: Parts(seeded, lambda net, x, batch: net.part(x) + torch.rand(1)),

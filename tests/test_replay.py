@@ -125,7 +125,7 @@ def test_random_numbers_go_on_where_they_were_even_after_an_error():
 
 
 def test_masks_may_come_in_any_order():
-    """Also one of units of which it is not known what they are when they are masked."""
+    """Also a larger one than was prepared for: what reads masked units is masked as well."""
     module, data = Wrapped(randomize(Separable())), loader(40)
     analysis, plain = analysis_of(module, data), analysis_of(module, data)
     plain.evaluation.replaying = False

@@ -104,12 +104,10 @@ class Constants:
     Attributes:
         chain: where they were made.
         values: by operation and output, one number per unit.
-        units: those that were masked when the values were taken.
     """
 
     chain: Chain
     values: Mapping[Birth, Tensor]
-    units: set[int]
 
     @classmethod
     def found(cls, chain: Chain, cut: Cut, prefix: Prefix) -> "Constants | None":
@@ -125,7 +123,7 @@ class Constants:
             if not equal(masked, masked[:, :1].expand_as(masked).contiguous()):
                 return None
             values[birth] = rows[:, 0].clone()
-        return cls(chain, values, gone)
+        return cls(chain, values)
 
     def cover(self, prefix: Prefix) -> bool:
         """Whether all that holds units at the end of ``prefix`` is known."""
@@ -150,7 +148,7 @@ class Masked:
         constants: what masked units hold at their ends; None if no unit is handled in them.
 
     Attributes:
-        prefixes: the same under the mask; none where it masks units of which no constants are known.
+        prefixes: the same under the mask.
     """
 
     def __init__(self, prefixes: Mapping[Batch, Prefix], constants: Constants | None) -> None:
@@ -163,9 +161,6 @@ class Masked:
         if self._constants is None:
             return
         gone = self._constants.chain.gone(cut)
-        if not gone <= self._constants.units:
-            self.prefixes, self._gone = {}, None
-            return
         if self._gone is None or not self._gone <= gone:
             self.prefixes = {}  # its copies go before new ones come
             self.prefixes, self._gone = {batch: prefix.copy() for batch, prefix in self._plain.items()}, set()
