@@ -1,7 +1,6 @@
 """Networks whose steps do all that Python can do besides computing."""
 
 import random
-from typing import NamedTuple
 
 import numpy
 import torch
@@ -141,8 +140,7 @@ class Part(nn.Module):
         self.besides = besides
         vars(self).update(attributes)
 
-    def forward(self, x, size=None):
-        x = x[0] + x[1] if isinstance(x, (list, tuple)) else x
+    def forward(self, x):
         return self.besides(self, self.conv(x))
 
 
@@ -158,13 +156,6 @@ class Parts(nn.Module):
     def forward(self, x):
         y = self.around(self, self.first(self.a(x).relu()), x)
         return self.c(self.b(y).relu())
-
-
-class Pair(NamedTuple):
-    """Two inputs."""
-
-    one: torch.Tensor
-    other: torch.Tensor
 
 
 class Thing:
@@ -240,8 +231,6 @@ PARTS = {
         lambda part, x: {"x": x, "of": (x.relu(), 2)},
         lambda net, x, _: (lambda out: out["x"] + out["of"][0] * out["of"][1])(net.part(x["x"])),
     ),
-    "given a list": lambda: Parts(lambda part, x: x, lambda net, x, _: net.part([x, x * 2], x.shape)),
-    "given a named tuple": lambda: Parts(lambda part, x: x, lambda net, x, _: net.part(Pair(x, x * 2))),
     "by name": lambda: Parts(lambda part, x: x, lambda net, x, _: net.part(x=x)),
 }
 
@@ -362,25 +351,37 @@ TOLD: dict[str, float] = {}
 KEPT: list[torch.Tensor] = []
 
 
-def tells_everybody(part, x):
-    TOLD["mean"] = float(x.mean())
-    return x
-
-
 def keeps_elsewhere(part, x):
     KEPT[:] = [x]
     return x.relu()
 
 
+class Telling(nn.Module):
+    """Nothing in its attributes says that it tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(8, 8)
+
+    def forward(self, x):
+        x = self.conv(x)
+        TOLD["mean"] = float(x.mean())
+        return x
+
+
 class Told(Parts):
     """What a module told is used behind the last layer."""
+
+    def __init__(self):
+        super().__init__(lambda part, x: x)
+        self.part = Telling()
 
     def forward(self, x):
         return super().forward(x) * TOLD["mean"]
 
 
 WAYS = {
-    "tells everybody": lambda: Told(tells_everybody),
+    "tells everybody": Told,
     "keeps elsewhere": lambda: Parts(keeps_elsewhere, lambda net, x, _: net.part(x) + KEPT[0]),
     "turned": Turned,
     "flat": Flat,
