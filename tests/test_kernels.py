@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels.agreement import DTYPES, SHAPES, SPECIAL, assert_on_grid, sample
+from torch.autograd import forward_ad
 
 from lightslim.errors import CompressionError
 from lightslim.kernels import chain, fake_quant, fake_quant_and_peak, fake_quant_many, l1_norms
@@ -98,6 +99,20 @@ def test_large_tensors_are_worked_on_in_pieces(shape, dtype, monkeypatch):
             y = fake_quant(x, amax, 8, axis, amin=amin)
             assert_on_grid(y, x, amax, 8, axis, amin)
             assert_passes(torch.autograd.grad(y, x, grad)[0], grad, x.detach(), amax, axis, amin)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")  # torch's own forward mode asks for it
+def test_the_gradient_can_be_taken_forwards_and_of_gradients_and_values_elsewhere_stay():
+    x, amax = torch.tensor([-5.0, 0.3, 2.0, 4.0]), torch.tensor(2.0)
+    passing = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.clone().requires_grad_(), torch.full_like(x, 3.0))
+        assert torch.equal(forward_ad.unpack_dual(fake_quant(dual, amax)).tangent, 3 * passing)
+    assert torch.equal(torch.func.grad(lambda x: fake_quant(x, amax).sum())(x.requires_grad_()), passing)
+    (first,) = torch.autograd.grad((fake_quant(x, amax) * x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert torch.equal(second, 2 * passing)
+    assert torch.equal(x, torch.tensor([-5.0, 0.3, 2.0, 4.0]))
 
 
 def test_a_promise_not_to_clip_makes_the_backward_pass_free():

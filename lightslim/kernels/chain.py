@@ -34,14 +34,22 @@ def quantize_many(tensors: Sequence[Tensor], bits: int, axis: int | None) -> lis
         bits: width of the integers.
         axis: the dimension of the channels; None for one range of all of a tensor.
     """
-    reach = torch.cat([peaks(x, axis).reshape(-1) for x in tensors])
+    reach = _peaks_of_all(tensors, axis)
     inverse, step, low, high = tensor_grid(reach, None, bits, reach.dtype)
     sizes = [1 if axis is None else x.shape[axis] for x in tensors]
-    grids = zip(inverse.split(sizes), step.split(sizes), strict=True)
     return [
-        on_grid(x, Grid(along(inverse, x, axis), along(step, x, axis), low, high), clips=False)
-        for x, (inverse, step) in zip(tensors, grids, strict=True)
+        on_grid(x, Grid(along(its_inverse, x, axis), along(its_step, x, axis), low, high), clips=False)
+        for x, its_inverse, its_step in zip(tensors, inverse.split(sizes), step.split(sizes), strict=True)
     ]
+
+
+def _peaks_of_all(tensors: Sequence[Tensor], axis: int | None) -> Tensor:
+    others = [_others(x, axis) for x in tensors]
+    if not all(others):
+        return torch.cat([peaks(x, axis).reshape(-1) for x in tensors])
+    highest = torch.cat([x.amax(dims).view(-1) for x, dims in zip(tensors, others, strict=True)])
+    lowest = torch.cat([x.amin(dims).view(-1) for x, dims in zip(tensors, others, strict=True)])
+    return torch.maximum(highest, lowest.neg_())
 
 
 def on_grid(x: Tensor, grid: Grid[Any], clips: bool) -> Tensor:
@@ -190,8 +198,12 @@ def peaks(x: Tensor, axis: int | None) -> Tensor:
         tensor([1., 2.])
     """
     x = x.detach()
-    others = [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
+    others = _others(x, axis)
     if not x.numel():
         return x.new_zeros([] if axis is None else [x.shape[axis]])
     # Two reductions without a copy are faster than one of abs()
     return torch.maximum(x.amax(others), x.amin(others).neg_()) if others else x.abs()
+
+
+def _others(x: Tensor, axis: int | None) -> list[int]:
+    return [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torch.nn import Parameter
 
+from lightslim.kernels import clamped
 from lightslim.kernels.arguments import check
 from lightslim.kernels.backend import kernels_of
 
@@ -60,6 +61,8 @@ def fake_quant(
     if torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter):
         captured: Tensor = operator(x, amax, amin, bits, axis, clips)
         return captured
+    if clips and x.requires_grad and clamped.serves(x, amin, axis):
+        return clamped.quantize(x, amax, bits)
     y: Tensor = FakeQuant.apply(x, amax, amin, bits, axis, clips)
     return y
 

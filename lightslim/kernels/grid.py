@@ -87,4 +87,4 @@ def along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
     """``values`` shaped so that they broadcast over ``x``: one for all of it, or one per position of ``axis``."""
     if axis is None:
         return values.reshape(())
-    return values.view([-1 if d == axis % x.ndim else 1 for d in range(x.ndim)])
+    return values.view(-1, *[1] * (x.ndim - 1 - axis % x.ndim))
