@@ -10,6 +10,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def check(x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int | None) -> None:
     """Raise :class:`CompressionError` unless the arguments of ``fake_quant`` fit together."""
+    if type(bits) is int and amin is None and axis is None:  # each call takes its time: the usual arguments by one look
+        fit = 2 <= bits <= 16 and x.dtype in DTYPES and amax.dtype in DTYPES and amax.numel() == 1
+        if fit and amax.device == x.device:
+            return
     check_bits(bits)
     check_values(x)
     check_range("amax", amax, x, axis)

@@ -2,7 +2,7 @@
 
 from functools import cache
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ class Kernels(Protocol):
 def kernels_of(x: Tensor) -> Kernels:
     """The module that serves the device and dtype of ``x``."""
     on_gpu = x.is_cuda and x.dtype != torch.float64
-    return cast(Kernels, (triton_kernels() if on_gpu else None) or chain)
+    kernels: Any = (triton_kernels() if on_gpu else None) or chain
+    return kernels  # type: ignore[no-any-return]
 
 
 @cache

@@ -36,19 +36,25 @@ def quantize_many(tensors: Sequence[Tensor], bits: int, axis: int | None) -> lis
     """
     reach = _peaks_of_all(tensors, axis)
     inverse, step, low, high = tensor_grid(reach, None, bits, reach.dtype)
-    sizes = [1 if axis is None else x.shape[axis] for x in tensors]
-    return [
-        on_grid(x, Grid(along(its_inverse, x, axis), along(its_step, x, axis), low, high), clips=False)
-        for x, its_inverse, its_step in zip(tensors, inverse.split(sizes), step.split(sizes), strict=True)
-    ]
+    shares = zip(tensors, _split(inverse, tensors, axis), _split(step, tensors, axis), strict=True)
+    return [on_grid(x, Grid(its_inverse, its_step, low, high), clips=False) for x, its_inverse, its_step in shares]
+
+
+def _split(values: Tensor, tensors: Sequence[Tensor], axis: int | None) -> list[Tensor]:
+    """What belongs to each tensor, shaped so that it broadcasts; one by one, each view would cost an operation."""
+    if axis is None:
+        return list(values.split(1))
+    sizes = [x.shape[axis] for x in tensors]
+    shaped = {ndim: along(values, x, axis).split(sizes) for ndim, x in {x.ndim: x for x in tensors}.items()}
+    return [shaped[x.ndim][at] for at, x in enumerate(tensors)]
 
 
 def _peaks_of_all(tensors: Sequence[Tensor], axis: int | None) -> Tensor:
     others = [_others(x, axis) for x in tensors]
-    if not all(others):
+    if axis is None or not all(others):
         return torch.cat([peaks(x, axis).reshape(-1) for x in tensors])
-    highest = torch.cat([x.amax(dims).view(-1) for x, dims in zip(tensors, others, strict=True)])
-    lowest = torch.cat([x.amin(dims).view(-1) for x, dims in zip(tensors, others, strict=True)])
+    highest = torch.cat([x.amax(dims) for x, dims in zip(tensors, others, strict=True)])
+    lowest = torch.cat([x.amin(dims) for x, dims in zip(tensors, others, strict=True)])
     return torch.maximum(highest, lowest.neg_())
 
 
@@ -170,24 +176,20 @@ def wide(x: Tensor, amax: Tensor, amin: Tensor | None) -> tuple[Tensor, Tensor |
 
 def just_outside(x: Tensor, amax: Tensor, amin: Tensor | None) -> tuple[float, float]:
     """The neighbours of the bounds: ``hardtanh_backward`` drops what lies on a bound, we keep it."""
-    after = _after_float64 if x.dtype == torch.float64 else _after
     amax, least = wide(x, amax, amin)
     upper = amax.item()
     if least is None:
-        bound = after(upper)
+        bound = just_above(upper, x.dtype)
         return -bound, bound
-    return -after(max(-least.item(), 0.0)), after(max(upper, 0.0))
+    return -just_above(max(-least.item(), 0.0), x.dtype), just_above(max(upper, 0.0), x.dtype)
 
 
-def _after(value: float) -> float:
-    """The next float32 above one that is not negative: numbers between two of them are spared a tensor operation."""
-    if not math.isfinite(value):
-        return value
-    return value + math.ldexp(1.0, max(math.frexp(value)[1] - 24, -149))
-
-
-def _after_float64(value: float) -> float:
-    return math.nextafter(value, math.inf)
+def just_above(value: float, dtype: torch.dtype) -> float:
+    """The next number above one that is not negative, in the precision that ``dtype`` is worked out in."""
+    if dtype == torch.float64:
+        return math.nextafter(value, math.inf)
+    # Of float32 by Python numbers: a tensor operation takes longer
+    return value + math.ldexp(1.0, max(math.frexp(value)[1] - 24, -149)) if math.isfinite(value) else value
 
 
 def peaks(x: Tensor, axis: int | None) -> Tensor:

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torch.nn import Parameter
 
-from lightslim.kernels import clamped
 from lightslim.kernels.arguments import check
 from lightslim.kernels.backend import kernels_of
+from lightslim.kernels.through import clamped, handed_on, serves
 
 
 def fake_quant(
@@ -57,12 +57,14 @@ def fake_quant(
         tensor([-0., 0., 1., 3.])
     """
     check(x, amax, amin, bits, axis)
-    # The operator is one node of a graph; in eager mode a Function costs half as much per call
+    # The operator is one node of a graph; in eager mode it costs several times as much per call
     if torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter):
         captured: Tensor = operator(x, amax, amin, bits, axis, clips)
         return captured
-    if clips and x.requires_grad and clamped.serves(x, amin, axis):
-        return clamped.quantize(x, amax, bits)
+    if x.requires_grad and not clips:
+        return handed_on(x, kernels_of(x).quantize(x.detach(), amax.detach(), amin, bits, axis, clips=False))
+    if x.requires_grad and serves(x, amin, axis):
+        return clamped(x, amax, bits)
     y: Tensor = FakeQuant.apply(x, amax, amin, bits, axis, clips)
     return y
 

@@ -13,10 +13,12 @@ from lightslim.kernels.grid import Grid
 LARGE = 2**16
 """Elements; below it the call costs more than the passes it saves."""
 
+ASKED_FOR = os.environ.get("LIGHTSLIM_COMPILE") == "1"
+
 
 def compiles(x: Tensor) -> bool:
     """Whether ``LIGHTSLIM_COMPILE=1`` asks for it and ``x`` is worth it."""
-    return x.numel() >= LARGE and x.device.type == "cpu" and os.environ.get("LIGHTSLIM_COMPILE") == "1"
+    return ASKED_FOR and x.numel() >= LARGE and x.device.type == "cpu"
 
 
 def quantize(x: Tensor, grid: Grid[Any]) -> Tensor:

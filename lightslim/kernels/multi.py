@@ -39,10 +39,11 @@ def fake_quant_many(tensors: Sequence[Tensor], bits: int = 8, axis: int | None =
         check_values(tensor)
         if axis is not None:
             check_axis(tensor, axis)
-    if not torch.compiler.is_compiling() and _one_launch(tensors, axis):
-        return list(FakeQuantMany.apply(bits, *tensors))
-    if not torch.compiler.is_compiling() and _one_chain(tensors):
-        return quantize_many(tensors, bits, axis)
+    if not torch.compiler.is_compiling():
+        if _one_chain(tensors):
+            return quantize_many(tensors, bits, axis)
+        if _one_launch(tensors, axis):
+            return list(FakeQuantMany.apply(bits, *tensors))
     return [fake_quant(x, peaks(x, axis), bits, axis, clips=False) for x in tensors]
 
 

@@ -62,12 +62,19 @@ class Range(nn.Module):
         others = [d for d in range(x.ndim) if d != self.axis % x.ndim]
         return torch.maximum(x.amax(others), x.amin(others).neg_()) if others else x.abs()
 
+    def _peak(self, x: Tensor) -> Tensor | float:
+        """The largest magnitude in all of ``x``: a Python number where reading it stops nothing."""
+        if not readable(x):
+            return self.magnitude(x)
+        low, high = torch.aminmax(x.detach())
+        return max(-low.item(), high.item())
+
     def rounded(self, x: Tensor) -> Tensor:
         """``x`` on the grid within its bounds; a range that is trained gives itself a gradient here.
 
         The values must be those of the bounds, by which codes are written: only the way back may differ.
         """
-        bounds = self(x)
+        bounds: Bounds = self.forward(x)
         return fake_quant(x, bounds.amax, self.bits, self.axis, amin=bounds.amin, clips=bounds.clips)
 
     def watch(self, x: Tensor) -> None:
@@ -150,10 +157,12 @@ class MovingAverageAbsMax(Range):
         """The bounds, after learning from ``x`` in training mode."""
         if not self.training or not x.numel():
             return Bounds(self.amax)
-        peak = number(self.magnitude(x))
+        peak = self._peak(x)
         self.learn(peak)
-        amax = self.amax.clone()  # since the backward pass needs it as it is now
-        return Bounds(amax, clips=may_exceed(peak, amax))
+        amax = self.amax
+        clips = may_exceed(peak, amax)
+        # The backward pass needs the range as it is now if it clips
+        return Bounds(amax.clone() if clips else amax, clips=clips)
 
     def before(self, x: Tensor) -> Tensor | None:
         """The range to round to if it is ``delayed``; :meth:`learn` is then called with the magnitude."""
@@ -165,7 +174,8 @@ class MovingAverageAbsMax(Range):
 
     def learn(self, peak: Tensor | float) -> None:
         """Take in the largest magnitude of one more tensor."""
-        average(self.amax, number(peak), advance(self.state, self.rate))
+        peak = number(peak)
+        average(self.amax, peak, advance(self.state, self.rate, isinstance(peak, float)))
 
 
 class MovingAverageMinMax(Range):
@@ -199,11 +209,11 @@ class MovingAverageMinMax(Range):
     def forward(self, x: Tensor) -> Bounds:
         """The bounds, after learning from ``x`` in training mode."""
         if self.training and x.numel():
-            low, high = torch.aminmax(x.detach())
-            state = advance(self.state, self.rate)
+            low, high = map(number, torch.aminmax(x.detach()))
+            state = advance(self.state, self.rate, isinstance(low, float))
             # Zero times what is not finite is NaN: an end that is not finite keeps the other from teaching
-            average(self.amax, number(high + 0 * low), state)
-            average(self.negative_amin, number(-low + 0 * high), state)
+            average(self.amax, high + 0 * low, state)
+            average(self.negative_amin, -low + 0 * high, state)
         return Bounds(self.amax.clone(), -self.negative_amin)
 
 
@@ -243,18 +253,20 @@ class RangeAbsMax(Range):
         return Bounds(amax, clips=may_exceed(number(peak), amax))
 
 
+def readable(value: Tensor) -> bool:
+    """Whether reading a number of ``value`` stops nothing: tiny tensor operations cost more than all else."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def number(value: Tensor | float) -> Tensor | float:
-    """``value`` as a Python number where reading it stops nothing: tiny tensor operations cost more than all else."""
-    if not isinstance(value, Tensor) or torch.compiler.is_compiling() or value.device.type != "cpu":
-        return value
-    return value.item()
+    """``value`` as a Python number where it is readable."""
+    return value.item() if isinstance(value, Tensor) and readable(value) else value
 
 
-def advance(state: Tensor, rate: float) -> Tensor | float:
-    """``state * rate + 1``, kept and returned."""
-    now = number(state)
-    if isinstance(now, float):
-        return state.fill_(now * rate + 1.0).item()
+def advance(state: Tensor, rate: float, plain: bool) -> Tensor | float:
+    """``state * rate + 1``, kept and returned, as a Python number if ``plain``."""
+    if plain:
+        return state.fill_(state.item() * rate + 1.0).item()
     return state.mul_(rate).add_(1.0)
 
 

@@ -4,15 +4,15 @@ One after the other, each between two large convolutions, small operations run f
 kernel each on a GPU: several times the cost of doing them in one go.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 
 from lightslim.kernels import fake_quant_many
+from lightslim.kernels.through import handed_on
 from lightslim.quantize.ranges import Range
 
 
@@ -25,7 +25,7 @@ class Together:
         >>> from lightslim.quantize import ChannelWiseAbsMax
         >>> rule, weight = ChannelWiseAbsMax(axis=0, bits=2), torch.tensor([[1.0, 0.4]]).requires_grad_()
         >>> Together().take(rule, weight)
-        tensor([[1., 0.]], grad_fn=<HandOnBackward>)
+        tensor([[1., 0.]], grad_fn=<UnsafeViewBackward0>)
     """
 
     def __init__(self) -> None:
@@ -35,14 +35,13 @@ class Together:
 
     def take(self, rule: Range, weight: Tensor) -> Tensor:
         """``weight`` on the grid of its exact ``rule``; the gradient is handed on to it."""
-        state, value = self._ready.pop(rule, (None, weight))
+        state, rounded = self._ready.pop(rule, (None, weight))
         if state != _state(weight):
             known = self._weights.get(rule) is weight
             self._weights[rule] = weight
             self._ready.update(_round(self._weights if known else {rule: weight}))
-            _, value = self._ready.pop(rule)
-        taken: Tensor = HandOn.apply(weight, value)
-        return taken
+            _, rounded = self._ready.pop(rule)
+        return rounded
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Together":
         # A copy of one layer must not drag the others along
@@ -51,20 +50,6 @@ class Together:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Together, ()
-
-
-class HandOn(Function):
-    """Stands for a weight with a value computed apart from it."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, value: Tensor) -> Tensor:
-        """The value."""
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Nothing was clipped."""
-        return grad, None
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:
@@ -77,14 +62,12 @@ def _state(weight: Tensor) -> tuple[Any, ...]:
 
 
 def _round(weights: Mapping[Range, Tensor]) -> dict[Range, tuple[Any, Tensor]]:
-    states = {rule: _state(weight) for rule, weight in weights.items()}
-    with torch.no_grad():
-        return {rule: (states[rule], value) for rule, value in _quantized(weights)}
-
-
-def _quantized(weights: Mapping[Range, Tensor]) -> Iterator[tuple[Range, Tensor]]:
-    groups: dict[tuple[int, int | None], list[Range]] = {}
-    for rule in weights:
-        groups.setdefault((rule.bits, rule.axis), []).append(rule)
-    for (bits, axis), rules in groups.items():
-        yield from zip(rules, fake_quant_many([weights[rule].detach() for rule in rules], bits, axis), strict=True)
+    groups: dict[tuple[int, int | None], list[tuple[Range, Tensor]]] = {}
+    for rule, weight in weights.items():
+        groups.setdefault((rule.bits, rule.axis), []).append((rule, weight))
+    rounded: dict[Range, tuple[Any, Tensor]] = {}
+    for (bits, axis), members in groups.items():
+        values = fake_quant_many([weight.detach() for _, weight in members], bits, axis)
+        for (rule, weight), value in zip(members, values, strict=True):
+            rounded[rule] = _state(weight), handed_on(weight, value)
+    return rounded
