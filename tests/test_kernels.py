@@ -105,9 +105,11 @@ def test_large_tensors_are_worked_on_in_pieces(shape, dtype, monkeypatch):
 def test_the_gradient_can_be_taken_forwards_and_of_gradients_and_values_elsewhere_stay():
     x, amax = torch.tensor([-5.0, 0.3, 2.0, 4.0]), torch.tensor(2.0)
     passing = torch.tensor([0.0, 1.0, 1.0, 0.0])
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x.clone().requires_grad_(), torch.full_like(x, 3.0))
-        assert torch.equal(forward_ad.unpack_dual(fake_quant(dual, amax)).tangent, 3 * passing)
+    for traced in (False, True):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.clone().requires_grad_(traced), torch.full_like(x, 3.0))
+            assert torch.equal(forward_ad.unpack_dual(fake_quant(dual, amax)).tangent, 3 * passing)
+            assert (forward_ad.unpack_dual(fake_quant(dual, 9 * amax, clips=False)).tangent == 3).all()
     assert torch.equal(torch.func.grad(lambda x: fake_quant(x, amax).sum())(x.requires_grad_()), passing)
     (first,) = torch.autograd.grad((fake_quant(x, amax) * x).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)

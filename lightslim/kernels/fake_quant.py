@@ -61,27 +61,23 @@ def fake_quant(
     if torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter):
         captured: Tensor = operator(x, amax, amin, bits, axis, clips)
         return captured
-    if x.requires_grad and not clips:
+    if not clips:
         return handed_on(x, kernels_of(x).quantize(x.detach(), amax.detach(), amin, bits, axis, clips=False))
-    if x.requires_grad and serves(x, amin, axis):
+    if serves(x, amin, axis):
         return clamped(x, amax, bits)
-    y: Tensor = FakeQuant.apply(x, amax, amin, bits, axis, clips)
+    y: Tensor = FakeQuant.apply(x, amax, amin, bits, axis)
     return y
 
 
 class FakeQuant(Function):
-    """The eager way: keeps what the kernels of the device need for the backward pass, and no more."""
+    """The eager way of all others: keeps what the kernels of the device need for the backward pass, and no more."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int | None, clips: bool
-    ) -> Tensor:
-        """Quantize, and note what was clipped if anything can be."""
+    def forward(ctx: Any, x: Tensor, amax: Tensor, amin: Tensor | None, bits: int, axis: int | None) -> Tensor:
+        """Quantize, and note what was clipped."""
         kernels = kernels_of(x)
-        ctx.axis, ctx.clips, ctx.kernels = axis, clips, kernels
-        if not clips:
-            return kernels.quantize(x, amax, amin, bits, axis, clips=False)
         y, kept = kernels.quantize_and_keep(x, amax, amin, bits, axis)
+        ctx.axis, ctx.kernels = axis, kernels
         ctx.save_for_backward(*kept)
         ctx.strides = y.stride()
         return y
@@ -90,9 +86,7 @@ class FakeQuant(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Hand the gradient on where the input was not clipped."""
-        if ctx.clips:
-            grad = ctx.kernels.straight_through(grad, ctx.saved_tensors, ctx.axis, ctx.strides)
-        return grad, None, None, None, None, None
+        return ctx.kernels.straight_through(grad, ctx.saved_tensors, ctx.axis, ctx.strides), None, None, None, None
 
 
 @torch.library.custom_op("lightslim::fake_quant", mutates_args=())
