@@ -179,7 +179,7 @@ class Evaluation:
             self._step = None
 
     def _called(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self._step is None:
+        if self._step is None or self._step.left:
             return call(module, *args, **kwargs)
         return self._step.called(call, module, args, kwargs)
 

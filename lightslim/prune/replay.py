@@ -51,21 +51,28 @@ class FastForward(TorchDispatchMode):
         prefix: the known beginning.
         lasting: the tensors that outlive a step, by id.
         poisoned: fill what is answered without computing with NaN, so that whoever reads it is found out.
+
+    Attributes:
+        left: whether nothing of the step is seen any more.
     """
 
     def __init__(self, prefix: Prefix, lasting: Mapping[int, Lasting], poisoned: bool = False) -> None:
         super().__init__()
         self.prefix, self.lasting, self.poisoned = prefix, lasting, poisoned
         self.sources: list[Source | None] = []
-        self.diverged = False
+        self.diverged = self.left = False
         self._readers = _Readers(self)
         self._position = 0
-        self._busy = False
+        self._busy, self._watches = False, True
         self._watching, self._reading = contextlib.ExitStack(), contextlib.ExitStack()
         self._numbers: dict[int, int] = {}
         self._made: list[StorageWeakRef | None] = []
         self._given: dict[int, tuple[int, Tensor]] = {}
         self._waiting: dict[int, int] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled meanwhile, and torch would look for that at each operation
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -117,15 +124,17 @@ class FastForward(TorchDispatchMode):
 
     def leave(self) -> None:
         """Watch no longer, once nothing is left to answer: each operation watched takes its time."""
-        if self._finished and _get_current_dispatch_mode() is self:  # and not a mode of the step's own
+        if self._watches and self._finished and _get_current_dispatch_mode() is self:  # and not one of the step's own
             self._watching.close()
+            self._watches = False
             self._fill_all()
 
     def leave_altogether(self) -> None:
         """See no functions any more, either; a function cannot do that, since it is being seen."""
-        if self._finished and self._on_top():
-            self._reading.close()
         self.leave()
+        if not self._watches and _get_current_function_mode() is self._readers:
+            self._reading.close()
+            self.left = True
 
     @property
     def _finished(self) -> bool:
@@ -188,8 +197,8 @@ class FastForward(TorchDispatchMode):
             len(args) == len(span.args)
             and list(kwargs) == list(span.kwargs)
             and all(map(self._matches, args, span.args))
-            and all(self._matches(value, span.kwargs[name]) for name, value in kwargs.items())
-            and all(source.same(source.tensor) for source in span.fresh)
+            and all(map(self._matches, kwargs.values(), span.kwargs.values()))
+            and all(map(Lasting.unchanged, span.fresh))
             and unchanged(span.states)
         )
 

@@ -43,11 +43,13 @@ class Lasting:
 
     def same(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is this one, unchanged."""
-        if tensor is not self.tensor:
-            return False
-        version = _version(tensor)
+        return tensor is self.tensor and self.unchanged()
+
+    def unchanged(self) -> bool:
+        """Whether it holds what it held."""
+        version = _version(self.tensor)
         if version != self.version or version < 0:
-            if self.content is None or not equal(tensor, self.content):
+            if self.content is None or not equal(self.tensor, self.content):
                 return False
             self.version = version
         return True

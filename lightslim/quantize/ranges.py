@@ -74,7 +74,7 @@ class Range(nn.Module):
 
         The values must be those of the bounds, by which codes are written: only the way back may differ.
         """
-        bounds: Bounds = self.forward(x)
+        bounds: Bounds = self.forward(x)  # a small layer would feel the way of a module's call
         return fake_quant(x, bounds.amax, self.bits, self.axis, amin=bounds.amin, clips=bounds.clips)
 
     def watch(self, x: Tensor) -> None:
