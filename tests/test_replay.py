@@ -107,6 +107,36 @@ def test_a_module_of_torch_before_the_mask_is_not_called_again(monkeypatch):
     assert counts == [batches * (first + behind) for behind in (4, 3, 2, 1)]
 
 
+def test_nothing_is_watched_any_more_once_the_known_part_is_over():
+    """Also if it ends among functions, which cannot leave by themselves."""
+    net, modes = Functions(), []
+    net.last.register_forward_pre_hook(
+        lambda *_: modes.append((torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()))
+    )
+    analysis = analysis_of(Wrapped(randomize(net)), loader(32))
+    evaluation, ways = analysis.evaluation, chains(analysis.graph, analysis.groups)
+    for name in analysis.groups:
+        cut = analysis._cuts(name, [0.5])[0]
+        evaluation.prepare(analysis._weights(cut), cut, ways[name])
+        modes.clear()
+        evaluation.masked(cut)
+        assert evaluation.replaying
+        assert modes == [(0, 0)] * 2
+
+
+class Functions(nn.Module):
+    """Calls no module between the first and the last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = conv(3, 8), conv(8, 8), conv(8, 2)
+
+    def forward(self, x):
+        x = nn.functional.relu(self.first(x))
+        x = nn.functional.conv2d(x, self.middle.weight, self.middle.bias, padding=1)
+        return self.last(nn.functional.relu(x))
+
+
 @pytest.mark.parametrize("kind", WAYS)
 def test_no_bit_changes_whatever_way_a_step_takes(kind):
     module, data = Wrapped(randomize(WAYS[kind]())), loader(44)  # batches of 16, 16 and 12
