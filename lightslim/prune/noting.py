@@ -18,6 +18,7 @@ from lightslim.prune.prefix import (
     Call,
     Prefix,
     Span,
+    arguments_of,
     kind_of,
     leaves_of,
     name_of,
@@ -89,12 +90,12 @@ class Noting(FastForward):
     def _ends_here(self, func: Any, args: Any, leaves: Iterable[Any]) -> bool:
         """Whether the operation mixes masked units, or leaves other traces than its result."""
         storages = [leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)]
-        named = list(zip(func._schema.arguments, args, strict=False))
+        named = list(zip(arguments_of(func), args, strict=False))
         return bool(
             func.namespace != "aten"
             or {torch.Tag.nondeterministic_seeded, torch.Tag.inplace_view} & set(func.tags)
             or self._mixes(func, storages)
-            or any(argument.name in ("train", "training") and value is True for argument, value in named)
+            or any(name in ("train", "training") and value is True for (name, _), value in named)
             or (kind_of(func) == WRITE and not self._writes_own(named, leaves))
         )
 
@@ -110,9 +111,9 @@ class Noting(FastForward):
         known = at < len(self.chain.ops) and self.chain.ops[at] == name_of(func)
         return not known or (masked and at not in self.chain.touching)
 
-    def _writes_own(self, named: Iterable[tuple[Any, Any]], leaves: Iterable[Any]) -> bool:
+    def _writes_own(self, named: Iterable[tuple[tuple[str, bool], Any]], leaves: Iterable[Any]) -> bool:
         """Whether only tensors that the step has made itself are written; those given by name could be any."""
-        written = [value for argument, value in named if argument.alias_info and argument.alias_info.is_write]
+        written = [value for (_, writes), value in named if writes]
         tensors = [leaf for leaf in pytree.tree_leaves(written or list(leaves)) if isinstance(leaf, Tensor)]
         return all(tensor.untyped_storage()._cdata in self._numbers for tensor in tensors)
 

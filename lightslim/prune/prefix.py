@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -184,12 +184,19 @@ def name_of(func: Any) -> str:
     return str(func.overloadpacket.__name__)
 
 
+@cache
+def arguments_of(func: Any) -> tuple[tuple[str, bool], ...]:
+    """The names of an operation's arguments, and whether it writes into them."""
+    named = ((argument.name, argument.alias_info) for argument in func._schema.arguments)
+    return tuple((name, alias is not None and alias.is_write) for name, alias in named)
+
+
+@cache
 def kind_of(func: Any) -> str:
     """Whether an operation writes into an argument, looks at one in another way, or makes something new."""
-    schema = func._schema
-    if any(argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments):
+    if any(writes for _, writes in arguments_of(func)):
         return WRITE
-    return VIEW if any(returned.alias_info is not None for returned in schema.returns) else NEW
+    return VIEW if any(returned.alias_info is not None for returned in func._schema.returns) else NEW
 
 
 def leaves_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
