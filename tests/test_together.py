@@ -63,6 +63,16 @@ def test_from_the_second_pass_on_there_is_one_round(rounds):
         assert rounds == [5]
 
 
+def test_a_weight_that_is_unfrozen_in_mid_round_gets_its_gradient():
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+    transform(nn.Sequential(first, second))
+    _ = first.weight, second.weight
+    _ = first.weight  # a new round, in which the second is made and not taken
+    second.requires_grad_()
+    second.weight.sum().backward()
+    assert torch.equal(second._parameters["weight"].grad, torch.ones(4, 4))
+
+
 @pytest.mark.parametrize(
     "write",
     [

@@ -50,7 +50,7 @@ def _split(values: Tensor, tensors: Sequence[Tensor], axis: int | None) -> list[
 
 
 def _peaks_of_all(tensors: Sequence[Tensor], axis: int | None) -> Tensor:
-    others = [_others(x, axis) for x in tensors]
+    others = [] if axis is None else [_others(x, axis) for x in tensors]
     if axis is None or not all(others):
         return torch.cat([peaks(x, axis).reshape(-1) for x in tensors])
     highest = torch.cat([x.amax(dims) for x, dims in zip(tensors, others, strict=True)])
@@ -200,12 +200,15 @@ def peaks(x: Tensor, axis: int | None) -> Tensor:
         tensor([1., 2.])
     """
     x = x.detach()
-    others = _others(x, axis)
     if not x.numel():
         return x.new_zeros([] if axis is None else [x.shape[axis]])
-    # Two reductions without a copy are faster than one of abs()
+    if axis is None:
+        low, high = torch.aminmax(x)
+        return torch.maximum(low.neg_(), high)
+    others = _others(x, axis)
+    # Two reductions without a copy are faster than one of abs(), and along a dimension much faster than aminmax
     return torch.maximum(x.amax(others), x.amin(others).neg_()) if others else x.abs()
 
 
-def _others(x: Tensor, axis: int | None) -> list[int]:
-    return [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
+def _others(x: Tensor, axis: int) -> list[int]:
+    return [d for d in range(x.ndim) if d != axis % x.ndim]

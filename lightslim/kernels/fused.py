@@ -14,6 +14,7 @@ LARGE = 2**16
 """Elements; below it the call costs more than the passes it saves."""
 
 ASKED_FOR = os.environ.get("LIGHTSLIM_COMPILE") == "1"
+"""Read once: a look into the environment at each call takes longer than the way to the kernel."""
 
 
 def compiles(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightslim.errors import CompressionError
 from lightslim.kernels import fake_quant
+from lightslim.kernels.chain import peaks
 
 
 class Bounds(NamedTuple):
@@ -53,14 +54,7 @@ class Range(nn.Module):
 
     def magnitude(self, x: Tensor) -> Tensor:
         """The largest magnitude in ``x``, without gradient: 0-d, or 1-D along ``axis``; 0 where there is nothing."""
-        x = x.detach()
-        if x.numel() == 0:
-            return x.new_zeros(() if self.axis is None else x.shape[self.axis])
-        if self.axis is None:
-            low, high = torch.aminmax(x)
-            return torch.maximum(low.neg_(), high)
-        others = [d for d in range(x.ndim) if d != self.axis % x.ndim]
-        return torch.maximum(x.amax(others), x.amin(others).neg_()) if others else x.abs()
+        return peaks(x, self.axis)
 
     def _peak(self, x: Tensor) -> Tensor | float:
         """The largest magnitude in all of ``x``: a Python number where reading it stops nothing."""

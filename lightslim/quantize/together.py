@@ -53,11 +53,11 @@ class Together:
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:
-    """Changes whenever the weight is written to, moved or converted, and between training and evaluation.
+    """Changes whenever the weight is written to, moved, converted or frozen, and between training and evaluation.
 
     Averaging callbacks exchange weights for evaluation by ``data.copy_``, which a version counter does not notice.
     """
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    modes = weight.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     return weight.data_ptr(), weight._version, weight.dtype, weight.shape, modes
 
 
