@@ -80,11 +80,12 @@ def test_layers_that_only_vnni_computes_right_are_named(tmp_path, way):
 @pytest.mark.parametrize("weights", ["abs_max", "channel_wise_abs_max"])
 def test_a_range_of_the_moment_is_computed_in_the_graph_by_the_same_arithmetic(tmp_path, weights):
     net, x = trained("tiny", activation_quantize_type="abs_max", weight_quantize_type=weights)
-    manifest = export(net, x, tmp_path / "net.onnx", format="int8")
-    assert manifest["max_abs_diff"] < 1e-4
+    export(net, x, tmp_path / "net.onnx", format="int8")
     run = open_in_onnxruntime(tmp_path / "net.onnx")
+    for images in (x, 3 * x[:5]):
+        off = (run(images)[0] - net(images).detach()).abs().amax(1) > 1e-4
+        assert off.sum() <= 1, "one image may hold a value between two codes, which goes either way"
     assert torch.equal(run(torch.zeros_like(x))[0].isfinite(), torch.ones(len(x), 4, dtype=torch.bool))
-    assert torch.allclose(run(3 * x[:5])[0], net(3 * x[:5]).detach(), atol=1e-3)
 
 
 def test_batch_norm_with_negative_gammas_folds_into_scales_and_signs(tmp_path):

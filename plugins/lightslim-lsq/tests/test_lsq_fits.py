@@ -1,5 +1,7 @@
 """Steps in running fits: trained by the module's own optimizer, in its groups, gone when the fit is over."""
 
+from pathlib import Path
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -7,6 +9,7 @@ from lightslim_lsq import LearnedStepSize
 from lightslim_lsq.range import LEAST
 
 from lightslim import QuantizationStrategy, UniformPruneStrategy
+from lightslim.export.runtimes import open_in_onnxruntime
 from lightslim.quantize import quantizers
 from lightslim.registry import registry
 from lightslim.testing import TinyModule, TinyNet, assert_exports, assert_range, assert_resumes, assert_trains
@@ -125,11 +128,19 @@ def test_it_comes_after_a_cut(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_int8_file_is_bit_equal(tmp_path):
+def test_an_int8_file_computes_what_the_fit_did(tmp_path):
+    class Look(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            with torch.no_grad():
+                self.outputs = pl_module.eval()(images)
+
+    images, look = loaders()[1].dataset.tensors[0], Look()
     strategy = lsq(weight_bits=8, activation_bits=8, int8_model_save_path="model.onnx")
-    trainer(tmp_path, strategy).fit(TinyModule("sgd"), *loaders())
+    trainer(tmp_path, look, strategy).fit(TinyModule("sgd"), *loaders())
     (written,) = (record for record in strategy.history if record["act"] == "export")
-    assert written["files"]["int8"]["max_abs_diff"] < 1e-4
+    (found,) = open_in_onnxruntime(Path(written["files"]["int8"]["path"]))(images)
+    off = (found - look.outputs).abs().amax(1) > 1e-4
+    assert off.sum() <= 1, "one image may hold a value between two codes, which goes either way"
 
 
 def make():
