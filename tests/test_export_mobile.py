@@ -14,6 +14,8 @@ from lightslim.export.mobile import mobile_file, open_in_executorch, pte_file
 from lightslim.quantize import quantize, transform
 from lightslim.quantize.integers import weight_codes
 
+EXACT = 1e-2  # of the norm: a value between two codes may go either way
+
 
 class Blocks(nn.Module):
     """Plain, depthwise and residual: batch norms everywhere, some gammas negative, one zero."""
@@ -110,7 +112,7 @@ def test_outputs_are_the_fake_quantized_ones(write, name):
     affine = list(NETS).index(name) % 2
     ranges = "moving_average_min_max" if affine else "moving_average_abs_max"
     manifest, _ = write(*trained(name, activation_quantize_type=ranges))
-    assert manifest["rel_diff"] < 2e-3
+    assert manifest["rel_diff"] < EXACT
     assert manifest["argmax_differs"] == 0
 
 
@@ -119,13 +121,13 @@ def test_a_rounded_value_may_be_read_by_integers_and_in_float(write):
     x = torch.randn(64, 3, 8, 8)
     quantized = quantize(TinyNet(), [x], outputs="auto", activation_quantize_type="moving_average_min_max")
     manifest, _ = write(quantized, x)
-    assert manifest["rel_diff"] < 2e-3
+    assert manifest["rel_diff"] < EXACT
 
 
 def test_exact_files_hold_the_codes_and_keep_biases_in_float(write, layers):
     net, x = seen_data(Blocks(), 3)
     manifest, content = write(net, x)
-    assert manifest["rel_diff"] < 2e-3
+    assert manifest["rel_diff"] < EXACT
     for layer, norm in ((net.stem, net.norm1), (net.point, net.norm3), (net.last, None), (net.head, None)):
         assert stored(layer, norm) in content
     # Each of the four has a layer for its ends
@@ -153,7 +155,7 @@ def test_layers_of_every_kind_and_weights_with_one_step(write, layers, deploy):
 def test_layers_left_out_stay_in_float(write, layers):
     net, x = seen_data(Blocks(), 3, skip=["stem", "head"])
     manifest, content = write(net, x)
-    assert manifest["rel_diff"] < 2e-3
+    assert manifest["rel_diff"] < EXACT
     assert stored(net.point, net.norm3) in content
     assert layers == {("qdint8", "fp32"): 2, ("qint8", "qint8"): 2, ("fp32", "fp32"): 3}
 
