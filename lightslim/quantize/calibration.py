@@ -36,7 +36,7 @@ class Max(Range):
 
     def forward(self, x: Tensor) -> Bounds:
         """The bounds, after learning from ``x`` in training mode."""
-        if self.training:
+        if self.learns:
             peak = self.magnitude(x).float()
             self.amax.copy_(torch.where(peak.isfinite(), torch.maximum(self.amax, peak), self.amax))
         return Bounds(self.amax.clone())

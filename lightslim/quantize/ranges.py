@@ -52,6 +52,14 @@ class Range(nn.Module):
         self.axis = axis
         self.bits = bits
 
+    @property
+    def learns(self) -> bool:
+        """Whether the tensor at hand is new: in training, but not where activation checkpointing runs a layer again.
+
+        That happens within the backward pass, and has to give and to keep what the first time did.
+        """
+        return self.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0)
+
     def magnitude(self, x: Tensor) -> Tensor:
         """The largest magnitude in ``x``, without gradient: 0-d, or 1-D along ``axis``; 0 where there is nothing."""
         return peaks(x, self.axis)
@@ -142,6 +150,7 @@ class MovingAverageAbsMax(Range):
         self.rate = check_rate(rate)
         self.delayed = delayed
         self._started = False
+        self._known: Tensor | None = None
         self.state: Tensor
         self.amax: Tensor
         self.register_buffer("state", torch.zeros(()))
@@ -160,16 +169,19 @@ class MovingAverageAbsMax(Range):
 
     def before(self, x: Tensor) -> Tensor | None:
         """The range to round to if it is ``delayed``; :meth:`learn` is then called with the magnitude."""
-        if not self.delayed:
+        if not self.delayed or not self.training:
             return None
-        # Asked once, since looking at a number stops a GPU
-        self._started = self._started or bool(self.state > 0)
-        return self.amax.clone() if self._started and self.training and x.numel() else None
+        if self.learns:
+            # Asked once, since looking at a number stops a GPU
+            self._started = self._started or bool(self.state > 0)
+            self._known = self.amax.clone() if self._started and x.numel() else None
+        return self._known
 
     def learn(self, peak: Tensor | float) -> None:
         """Take in the largest magnitude of one more tensor."""
-        peak = number(peak)
-        average(self.amax, peak, advance(self.state, self.rate, isinstance(peak, float)))
+        if self.learns:
+            peak = number(peak)
+            average(self.amax, peak, advance(self.state, self.rate, isinstance(peak, float)))
 
 
 class MovingAverageMinMax(Range):
@@ -202,7 +214,7 @@ class MovingAverageMinMax(Range):
 
     def forward(self, x: Tensor) -> Bounds:
         """The bounds, after learning from ``x`` in training mode."""
-        if self.training and x.numel():
+        if self.learns and x.numel():
             low, high = map(number, torch.aminmax(x.detach()))
             state = advance(self.state, self.rate, isinstance(low, float))
             # Zero times what is not finite is NaN: an end that is not finite keeps the other from teaching
@@ -240,9 +252,10 @@ class RangeAbsMax(Range):
         if not self.training:
             return Bounds(self.window.amax())
         peak = self.magnitude(x).float()
-        position = (self.seen % self.window.numel()).reshape(1)
-        self.window.index_copy_(0, position, peak.nan_to_num(0.0, posinf=0.0).reshape(1))
-        self.seen += 1
+        if self.learns:
+            position = (self.seen % self.window.numel()).reshape(1)
+            self.window.index_copy_(0, position, peak.nan_to_num(0.0, posinf=0.0).reshape(1))
+            self.seen += 1
         amax = self.window.amax()
         return Bounds(amax, clips=may_exceed(number(peak), amax))
 

@@ -216,7 +216,7 @@ class $component(Range):
 
     def forward(self, x: Tensor) -> Bounds:
         """The bounds, after learning from `x` in training mode."""
-        if self.training:
+        if self.learns:  # not in evaluation, nor where activation checkpointing runs a layer again
             self.amax.copy_(torch.maximum(self.amax, self.magnitude(x).max().to(self.amax)))
         return Bounds(self.amax.clone())
 ''',

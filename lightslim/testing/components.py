@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lightslim.distill import DistillationStrategy
 from lightslim.distill.distillers import Distiller
 from lightslim.quantize.ranges import Range
+from lightslim.quantize.transform import FakeQuantize
 from lightslim.testing.strategies import assert_trains
 from lightslim.testing.tiny import TinyModule
 
@@ -49,6 +51,8 @@ def _graded(weight: Tensor, gradient: Tensor) -> Tensor:
 def assert_range(make: Callable[..., Range]) -> None:
     """Bounds of the right shape around zero, finite for any tensor; learned in training only; restored by its state.
 
+    What activation checkpointing computes again in the backward pass is the same, and teaches nothing.
+
     Args:
         make: builds a fresh range: its class, if all arguments have defaults.
 
@@ -71,6 +75,19 @@ def assert_range(make: Callable[..., Range]) -> None:
     _bounds(_taught(make, torch.zeros(6, 5)), torch.zeros(6, 5))
     if not rule.calibrated:
         _bounds(make(), torch.zeros(0, 5) if rule.axis else x[:, :0])
+    once = _trained(make, x, lambda run, inputs: run(inputs))
+    again = _trained(make, x, lambda run, inputs: checkpoint(run, inputs, use_reentrant=False))
+    assert all(map(torch.equal, once, again)), "computed again in the backward pass it is not the same: see Range.learns"
+
+
+def _trained(make: Callable[..., Range], x: Tensor, call: Callable[..., Any]) -> list[Tensor]:
+    """Gradients and state of a range after three steps, in which ``call`` calls what rounds."""
+    quantizer, found = FakeQuantize(_taught(make, x)), []
+    for scale in (1.0, 3.0, 0.5):
+        inputs = (scale * x).requires_grad_()
+        call(lambda given: quantizer(given).square(), inputs).sum().backward()
+        found.append(inputs.grad)
+    return [*found, *quantizer.state_dict().values()]
 
 
 def _taught(make: Callable[..., Range], x: Tensor) -> Range:
