@@ -76,8 +76,8 @@ def assert_range(make: Callable[..., Range]) -> None:
     if not rule.calibrated:
         _bounds(make(), torch.zeros(0, 5) if rule.axis else x[:, :0])
     once = _trained(make, x, lambda run, inputs: run(inputs))
-    again = _trained(make, x, lambda run, inputs: checkpoint(run, inputs, use_reentrant=False))
-    assert all(map(torch.equal, once, again)), "computed again in the backward pass it is not the same: see Range.learns"
+    twice = _trained(make, x, lambda run, inputs: checkpoint(run, inputs, use_reentrant=False))
+    assert all(map(torch.equal, once, twice)), "computed again in the backward pass it differs: see Range.learns"
 
 
 def _trained(make: Callable[..., Range], x: Tensor, call: Callable[..., Any]) -> list[Tensor]:
