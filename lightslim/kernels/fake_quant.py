@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from lightslim.kernels.arguments import check
 from lightslim.kernels.backend import kernels_of
 from lightslim.kernels.through import clamped, handed_on, serves
+from lightslim.memory import keep_freed_memory
 
 
 def fake_quant(
@@ -61,6 +62,7 @@ def fake_quant(
     if torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter):
         captured: Tensor = operator(x, amax, amin, bits, axis, clips)
         return captured
+    keep_freed_memory()
     if not clips:
         return handed_on(x, kernels_of(x).quantize(x.detach(), amax.detach(), amin, bits, axis, clips=False))
     if serves(x, amin, axis):

@@ -11,6 +11,7 @@ from lightslim.kernels.arguments import check_axis, check_bits, check_values
 from lightslim.kernels.backend import triton_kernels
 from lightslim.kernels.chain import peaks, quantize_many
 from lightslim.kernels.fake_quant import fake_quant
+from lightslim.memory import keep_freed_memory
 
 
 def fake_quant_many(tensors: Sequence[Tensor], bits: int = 8, axis: int | None = 0) -> list[Tensor]:
@@ -40,6 +41,7 @@ def fake_quant_many(tensors: Sequence[Tensor], bits: int = 8, axis: int | None =
         if axis is not None:
             check_axis(tensor, axis)
     if not torch.compiler.is_compiling():
+        keep_freed_memory()
         if _one_chain(tensors):
             return quantize_many(tensors, bits, axis)
         if _one_launch(tensors, axis):

@@ -4,12 +4,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightslim.infit import evaluate, visit
+from lightslim.memory import keep_freed_memory
 from lightslim.prune.modules import Looks, calls_seen_by
 from lightslim.prune.neutral import zeroed
 from lightslim.prune.noting import FirstReads, Noting, Stop
@@ -48,7 +48,7 @@ class Evaluation:
         self.samples = [Samples(loader, limit, rate, self._room) for loader, limit in zip(loaders, limits, strict=True)]
         self.replaying = memory > 0
         if self.replaying and trainer.strategy.root_device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         self._prefixes: dict[Batch, Prefix] = {}
         self._masked = Masked({}, None)
         self._looks = Looks(module)
@@ -204,12 +204,3 @@ class Evaluation:
 
 def _addresses(tensors: Sequence[Tensor]) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in tensors}
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep what one step frees for the next one, instead of having it zeroed by the kernel each time.
-
-    glibc keeps twice as much as the largest block, of 32 MiB at most, that it had mapped by itself and that was freed:
-    from here on up to 62 MiB.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
