@@ -7,6 +7,9 @@ from torch import nn
 
 from lightslim.quantize import transform
 
+EXACT = 1e-2
+"""How far a file may be off, of the norm: a value between two codes may go either way."""
+
 
 class Linears(nn.Module):
     """Batch norm behind a linear layer, a bias-free one, and inputs of three dimensions."""

@@ -6,7 +6,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_nets import NETS, trained
+from export_nets import EXACT, NETS, trained
 from onnx import numpy_helper
 from torch import nn
 
@@ -17,7 +17,6 @@ from lightslim.quantize import transform
 from lightslim.quantize.integers import weight_codes
 from lightslim.quantize.transform import quantized_layers
 
-EXACT = 1e-2  # of the norm: a value between two codes may go either way
 RANGES = ["moving_average_abs_max", "moving_average_min_max", "abs_max"]
 
 

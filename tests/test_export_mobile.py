@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from export_nets import NETS, trained
+from export_nets import EXACT, NETS, trained
 from tiny import TinyNet
 from torch import nn
 
@@ -13,8 +13,6 @@ from lightslim import CompressionError
 from lightslim.export.mobile import mobile_file, open_in_executorch, pte_file
 from lightslim.quantize import quantize, transform
 from lightslim.quantize.integers import weight_codes
-
-EXACT = 1e-2  # of the norm: a value between two codes may go either way
 
 
 class Blocks(nn.Module):

@@ -2,15 +2,14 @@
 
 import argparse
 import importlib
-import logging
 import random
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from experiments.bench.paired import prepare
 from experiments.bench.table import report
 
 BENCHES = ("fake_quant", "qat_step", "distill_step", "graph", "sensitivity", "exports")
@@ -25,9 +24,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="the file to write the table to")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    torch.set_num_threads(options.threads)
+    prepare(options.threads)
     found = []
     for name in options.only:
         random.seed(0)

@@ -4,11 +4,15 @@ A slow moment of the machine then hits all alike, and what counts is the ratio w
 itself says how far from 1 a ratio may lie by chance.
 """
 
+import logging
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 Step = Callable[[], object]
 Rounds = Mapping[str, Sequence[float]]
@@ -39,6 +43,13 @@ class Row:
     unit: str = "ms"
     note: str = ""
     control: bool = False
+
+
+def prepare(threads: int) -> None:
+    """Make a process ready to measure: as many threads, and nothing said in between."""
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
 
 def measure(steps: Mapping[str, Step], rounds: int, repeats: int = 1) -> dict[str, list[float]]:

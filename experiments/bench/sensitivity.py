@@ -6,9 +6,7 @@ the masked layer computed once for each batch, both with the batches in memory, 
 since an analysis lets the C library keep what steps free, from which that loop would gain.
 """
 
-import logging
 import multiprocessing
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -17,7 +15,7 @@ import torch
 from pytorch_lightning import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.bench.paired import Row, Step, measure, row
+from experiments.bench.paired import Row, Step, measure, prepare, row
 from experiments.models import ImageClassifier
 from lightslim.graph import record
 from lightslim.prune import StructurePruner
@@ -26,14 +24,14 @@ from lightslim.prune.neutral import zeroed
 from lightslim.prune.ratios import measured_ratios
 from lightslim.steps import step_probe
 
-MODELS = {"resnet20": 1.0, "mobilenet_v1": 0.375}  # and their widths
+WIDTHS = {"resnet20": 1.0, "mobilenet_v1": 0.375}
 GOALS = {"resnet20": 0.5, "mobilenet_v1": 0.6}
 
 
 def build(network: str, images: int, ratios: int, memory: float = 1.0) -> Analysis:
     """An analysis of all layers of a network, on images of 28 by 28, that may take ``memory`` GiB."""
     torch.manual_seed(0)
-    module = ImageClassifier(network, width=MODELS[network])
+    module = ImageClassifier(network, width=WIDTHS[network])
     data = DataLoader(TensorDataset(torch.randn(images, 1, 28, 28), torch.randint(10, (images,))), batch_size=128)
     graph, pruner = record(step_probe(module, next(iter(data)), None)), StructurePruner()
     groups = parameter_names(pruner.selected(graph, "*"), pruner, graph.parameters)
@@ -72,15 +70,9 @@ def rows(rounds: int, quick: bool) -> Iterator[Row]:
     """The beginning computed once, beside everything computed whole."""
     images, ratios = (128, 1) if quick else (2000, 4)
     own = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, own, _alone, (torch.get_num_threads(),)) as process:
-        for network in ["resnet20"] if quick else MODELS:
+    with ProcessPoolExecutor(1, own, prepare, (torch.get_num_threads(),)) as process:
+        for network in ["resnet20"] if quick else WIDTHS:
             yield from _rows(process, network, images, ratios, max(rounds // 5, 1))
-
-
-def _alone(threads: int) -> None:
-    torch.set_num_threads(threads)
-    warnings.simplefilter("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 
 
 def _rows(process: ProcessPoolExecutor, network: str, images: int, ratios: int, rounds: int) -> Iterator[Row]:

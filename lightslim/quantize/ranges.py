@@ -149,7 +149,6 @@ class MovingAverageAbsMax(Range):
         check_whole(axis, "moving_average_abs_max")
         self.rate = check_rate(rate)
         self.delayed = delayed
-        self._started = False
         self._known: Tensor | None = None
         self.state: Tensor
         self.amax: Tensor
@@ -169,12 +168,11 @@ class MovingAverageAbsMax(Range):
 
     def before(self, x: Tensor) -> Tensor | None:
         """The range to round to if it is ``delayed``; :meth:`learn` is then called with the magnitude."""
-        if not self.delayed or not self.training:
+        if not self.delayed or not self.training or not x.numel():
             return None
-        if self.learns:
-            # Asked once, since looking at a number stops a GPU
-            self._started = self._started or bool(self.state > 0)
-            self._known = self.amax.clone() if self._started and x.numel() else None
+        # The state is asked until something is known and no longer, since looking at a number stops a GPU
+        if self.learns and (self._known is not None or bool(self.state > 0)):
+            self._known = self.amax.clone()
         return self._known
 
     def learn(self, peak: Tensor | float) -> None:
