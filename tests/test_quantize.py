@@ -105,7 +105,8 @@ def test_activation_checkpointing_changes_nothing(reentrant, delayed):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         for scale in (1.0, 3.0, 0.5, 2.0):
             optimizer.zero_grad()
-            net[1](call(net[0], (scale * X).requires_grad_())).square().mean().backward()
+            views = [net[1](call(net[0], (each * scale * X).requires_grad_())) for each in (1.0, -0.5, 1.5)]
+            sum(view.square().mean() for view in views).backward()
             optimizer.step()
         return net.state_dict()
 

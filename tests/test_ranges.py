@@ -1,5 +1,6 @@
 """Ranges: what they learn, what they ignore, and what calibration chooses."""
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from lightslim import CompressionError
 from lightslim.kernels import fake_quant
 from lightslim.quantize import (
+    Bounds,
     Entropy,
     FakeQuantize,
     LeastSquares,
@@ -18,8 +20,11 @@ from lightslim.quantize import (
     MovingAverageMinMax,
     Percentile,
     RangeAbsMax,
+    ranges,
 )
+from lightslim.quantize.bounds import Given
 from lightslim.quantize.calibration import BINS
+from lightslim.testing import assert_range
 
 LEARNING = [MovingAverageAbsMax, MovingAverageMinMax, RangeAbsMax, Max]
 CALIBRATED = [Percentile, LeastSquares, Entropy]
@@ -160,3 +165,21 @@ def test_a_delayed_average_rounds_to_what_it_knew_before():
     x = (3 * late.rule.amax * torch.tensor([1.0, 0.1])).requires_grad_()
     late(x).sum().backward()
     assert x.grad.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_a_layer_that_runs_again_rounds_as_it_did_where_numbers_cannot_be_looked_at(kind, monkeypatch):
+    monkeypatch.setattr(ranges, "readable", lambda value: False)
+    assert_range(kind)
+
+
+@pytest.mark.parametrize("number", [float, torch.tensor])
+def test_what_was_given_is_found_by_what_was_seen(number):
+    recent = Given()
+    assert recent.find(number(1.0)) is None
+    for seen, amax in ((1.0, 10.0), (2.0, 20.0), (1.0, 30.0), (4.0, 40.0)):
+        recent.note(number(seen), Bounds(torch.tensor(amax), torch.tensor(-1.0)))
+    assert [recent.find(number(seen)).amax.item() for seen in (2.0, 1.0)] == [20.0, 30.0]
+    assert recent.find(number(2.0)).amin.item() == -1.0
+    copied = copy.deepcopy(recent)
+    assert copied.find(number(2.0)) is None

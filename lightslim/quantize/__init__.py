@@ -1,12 +1,12 @@
 """Quantization-aware training: weights and inputs rounded, while training, as their integers will be."""
 
 from lightslim.quantize.analysis import signal_to_noise
+from lightslim.quantize.bounds import Bounds
 from lightslim.quantize.calibration import Entropy, LeastSquares, Max, Percentile
 from lightslim.quantize.integers import for_mobile, to_int8
 from lightslim.quantize.posttraining import quantize
 from lightslim.quantize.ranges import (
     AbsMax,
-    Bounds,
     ChannelWiseAbsMax,
     MovingAverageAbsMax,
     MovingAverageMinMax,

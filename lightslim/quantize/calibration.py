@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightslim.errors import CompressionError
 from lightslim.kernels.grid import levels
-from lightslim.quantize.ranges import Bounds, Range, check_whole
+from lightslim.quantize.bounds import Bounds
+from lightslim.quantize.ranges import Range, check_whole, number
 
 BINS = 2048
 CANDIDATES = 200
@@ -36,10 +37,12 @@ class Max(Range):
 
     def forward(self, x: Tensor) -> Bounds:
         """The bounds, after learning from ``x`` in training mode."""
+        if not self.training:
+            return Bounds(self.amax.clone())
+        peak = self.magnitude(x).float()
         if self.learns:
-            peak = self.magnitude(x).float()
             self.amax.copy_(torch.where(peak.isfinite(), torch.maximum(self.amax, peak), self.amax))
-        return Bounds(self.amax.clone())
+        return self.given(number(peak), Bounds(self.amax.clone()))
 
 
 class Histogram(Range):

@@ -6,7 +6,7 @@ parameters, which a strategy hands to the optimizer that trains the layer.
 """
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,7 @@ from torch import Tensor, nn
 from lightslim.errors import CompressionError
 from lightslim.kernels import fake_quant
 from lightslim.kernels.chain import peaks
-
-
-class Bounds(NamedTuple):
-    """Where the grid of a tensor ends.
-
-    Attributes:
-        amax: the largest value of the grid, 0-d or one per channel, without gradient.
-        amin: the smallest one; None for ``-amax``.
-        clips: whether values may lie outside; False makes the backward pass free.
-    """
-
-    amax: Tensor
-    amin: Tensor | None = None
-    clips: bool = True
+from lightslim.quantize.bounds import Bounds, Given
 
 
 class Range(nn.Module):
@@ -51,14 +38,29 @@ class Range(nn.Module):
         super().__init__()
         self.axis = axis
         self.bits = bits
+        self._given = Given()
 
     @property
     def learns(self) -> bool:
         """Whether the tensor at hand is new: in training, but not where activation checkpointing runs a layer again.
 
-        That happens within the backward pass, and has to give and to keep what the first time did.
+        That happens within the backward pass, must teach nothing, and has to give what :meth:`given` remembers.
         """
         return self.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0)
+
+    def given(self, seen: Tensor | float, bounds: Bounds) -> Bounds:
+        """``bounds`` where the tensor at hand is new; where a layer runs again, those of the first time.
+
+        Args:
+            seen: what tells the tensor from others, as its largest magnitude: 0-d, or a Python number.
+            bounds: what the range gives now; no buffer itself, which would move on.
+        """
+        if torch.compiler.is_compiling():
+            return bounds
+        if self.learns:
+            self._given.note(seen, bounds)
+            return bounds
+        return self._given.find(seen) or bounds
 
     def magnitude(self, x: Tensor) -> Tensor:
         """The largest magnitude in ``x``, without gradient: 0-d, or 1-D along ``axis``; 0 where there is nothing."""
@@ -87,8 +89,8 @@ class Range(nn.Module):
         """The range to round ``x`` to where it does not depend on ``x``, symmetric; the default is that it does."""
         return None
 
-    def learn(self, peak: Tensor | float) -> None:
-        """Take in the largest magnitude of a tensor that was rounded to what :meth:`before` gave."""
+    def learn(self, peak: Tensor | float, known: Tensor) -> None:
+        """Take in the largest magnitude of a tensor that was rounded to ``known``, which :meth:`before` gave."""
 
     def agreed(self) -> list[Tensor]:
         """The buffers of which all processes of a distributed run take the largest values after each step."""
@@ -149,7 +151,7 @@ class MovingAverageAbsMax(Range):
         check_whole(axis, "moving_average_abs_max")
         self.rate = check_rate(rate)
         self.delayed = delayed
-        self._known: Tensor | None = None
+        self._known = False
         self.state: Tensor
         self.amax: Tensor
         self.register_buffer("state", torch.zeros(()))
@@ -160,25 +162,27 @@ class MovingAverageAbsMax(Range):
         if not self.training or not x.numel():
             return Bounds(self.amax)
         peak = self._peak(x)
-        self.learn(peak)
-        amax = self.amax
-        clips = may_exceed(peak, amax)
-        # The backward pass needs the range as it is now if it clips
-        return Bounds(amax.clone() if clips else amax, clips=clips)
+        self._take_in(peak)
+        amax = self.amax.clone()
+        return self.given(peak, Bounds(amax, clips=may_exceed(peak, amax)))
 
     def before(self, x: Tensor) -> Tensor | None:
         """The range to round to if it is ``delayed``; :meth:`learn` is then called with the magnitude."""
         if not self.delayed or not self.training or not x.numel():
             return None
+        if not self.learns:
+            return self.given(self._peak(x), Bounds(self.amax)).amax
         # The state is asked until something is known and no longer, since looking at a number stops a GPU
-        if self.learns and (self._known is not None or bool(self.state > 0)):
-            self._known = self.amax.clone()
-        return self._known
+        self._known = self._known or bool(self.state > 0)
+        return self.amax.clone() if self._known else self.magnitude(x).float().nan_to_num(0.0, posinf=0.0)
 
-    def learn(self, peak: Tensor | float) -> None:
+    def learn(self, peak: Tensor | float, known: Tensor) -> None:
         """Take in the largest magnitude of one more tensor."""
+        self.given(number(peak), Bounds(known))
+        self._take_in(number(peak))
+
+    def _take_in(self, peak: Tensor | float) -> None:
         if self.learns:
-            peak = number(peak)
             average(self.amax, peak, advance(self.state, self.rate, isinstance(peak, float)))
 
 
@@ -212,12 +216,17 @@ class MovingAverageMinMax(Range):
 
     def forward(self, x: Tensor) -> Bounds:
         """The bounds, after learning from ``x`` in training mode."""
-        if self.learns and x.numel():
-            low, high = map(number, torch.aminmax(x.detach()))
+        if not self.training or not x.numel():
+            return self._bounds()
+        low, high = map(number, torch.aminmax(x.detach()))
+        if self.learns:
             state = advance(self.state, self.rate, isinstance(low, float))
             # Zero times what is not finite is NaN: an end that is not finite keeps the other from teaching
             average(self.amax, high + 0 * low, state)
             average(self.negative_amin, -low + 0 * high, state)
+        return self.given(high - low, self._bounds())
+
+    def _bounds(self) -> Bounds:
         return Bounds(self.amax.clone(), -self.negative_amin)
 
 
@@ -255,7 +264,7 @@ class RangeAbsMax(Range):
             self.window.index_copy_(0, position, peak.nan_to_num(0.0, posinf=0.0).reshape(1))
             self.seen += 1
         amax = self.window.amax()
-        return Bounds(amax, clips=may_exceed(number(peak), amax))
+        return self.given(number(peak), Bounds(amax, clips=may_exceed(number(peak), amax)))
 
 
 def readable(value: Tensor) -> bool:

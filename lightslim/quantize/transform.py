@@ -63,7 +63,7 @@ class FakeQuantize(nn.Module):
         known = rule.before(x)
         if known is not None:
             y, peak = fake_quant_and_peak(x, known, rule.bits)
-            rule.learn(peak)
+            rule.learn(peak, known)
             return y
         return rule.rounded(x)
 

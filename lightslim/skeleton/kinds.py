@@ -216,9 +216,12 @@ class $component(Range):
 
     def forward(self, x: Tensor) -> Bounds:
         """The bounds, after learning from `x` in training mode."""
-        if self.learns:  # not in evaluation, nor where activation checkpointing runs a layer again
-            self.amax.copy_(torch.maximum(self.amax, self.magnitude(x).max().to(self.amax)))
-        return Bounds(self.amax.clone())
+        if not self.training:
+            return Bounds(self.amax.clone())
+        peak = self.magnitude(x).max()
+        if self.learns:  # not where activation checkpointing runs a layer again
+            self.amax.copy_(torch.maximum(self.amax, peak.to(self.amax)))
+        return self.given(peak, Bounds(self.amax.clone()))  # there: what it gave for this tensor before
 ''',
     test="""
 from $module import $component
