@@ -41,17 +41,20 @@ class Given:
     """
 
     def __init__(self) -> None:
-        self._calls: deque[tuple[Tensor | float, Bounds]] = deque(maxlen=CALLS)
+        self._calls: deque[tuple[Tensor | float, Any]] = deque(maxlen=CALLS)
 
     def note(self, seen: Tensor | float, bounds: Bounds) -> None:
-        """Keep what was given for a tensor of which this was seen."""
-        self._calls.appendleft((seen, bounds))
+        """Keep what was given for a tensor of which this was seen.
+
+        Beside a Python number, numbers are kept: to copy a buffer costs a small layer more than all of this.
+        """
+        self._calls.appendleft((seen, _numbers(bounds) if isinstance(seen, float) else bounds))
 
     def find(self, seen: Tensor | float) -> Bounds | None:
         """What was given for it, the latest of several; of tensors, the latest of all where none fits."""
         if isinstance(seen, Tensor):
             return self._find_by_tensors(seen)
-        return next((bounds for known, bounds in self._calls if known == seen), None)
+        return next((_bounds(*kept) for known, kept in self._calls if known == seen), None)
 
     def _find_by_tensors(self, seen: Tensor) -> Bounds | None:
         """Without looking at a number, for which a GPU would have to stop."""
@@ -70,3 +73,12 @@ class Given:
 
 def _at(index: Tensor, values: list[Tensor]) -> Tensor:
     return torch.stack(values).index_select(0, index)[0]
+
+
+def _numbers(bounds: Bounds) -> tuple[Any, ...]:
+    amax, amin, clips = bounds
+    return amax.tolist(), None if amin is None else amin.tolist(), clips, amax.dtype
+
+
+def _bounds(amax: Any, amin: Any, clips: bool, dtype: torch.dtype) -> Bounds:
+    return Bounds(torch.tensor(amax, dtype=dtype), None if amin is None else torch.tensor(amin, dtype=dtype), clips)

@@ -53,7 +53,7 @@ class Range(nn.Module):
 
         Args:
             seen: what tells the tensor from others, as its largest magnitude: 0-d, or a Python number.
-            bounds: what the range gives now; no buffer itself, which would move on.
+            bounds: what the range gives now; beside a 0-d ``seen`` no buffer itself, which would move on.
         """
         if torch.compiler.is_compiling():
             return bounds
@@ -163,8 +163,9 @@ class MovingAverageAbsMax(Range):
             return Bounds(self.amax)
         peak = self._peak(x)
         self._take_in(peak)
-        amax = self.amax.clone()
-        return self.given(peak, Bounds(amax, clips=may_exceed(peak, amax)))
+        clips = may_exceed(peak, self.amax)
+        # The backward pass needs the range as it is now if it clips; a copy of it would be felt
+        return self.given(peak, Bounds(self.amax.clone() if clips else self.amax, clips=clips))
 
     def before(self, x: Tensor) -> Tensor | None:
         """The range to round to if it is ``delayed``; :meth:`learn` is then called with the magnitude."""
