@@ -14,6 +14,9 @@ HALVES = (torch.float16, torch.bfloat16)
 LEAST = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
 """The smallest positive number: ``value > -LEAST`` is ``value >= 0``."""
 
+LARGEST = torch.finfo(torch.float32).max
+"""Of float32: nothing finite lies above it."""
+
 PIECE = 2**20
 """Elements for each thread: small enough to stay in a cache, large enough to be worth starting the threads for."""
 
@@ -189,7 +192,9 @@ def just_above(value: float, dtype: torch.dtype) -> float:
     if dtype == torch.float64:
         return math.nextafter(value, math.inf)
     # Of float32 by Python numbers: a tensor operation takes longer
-    return value + math.ldexp(1.0, max(math.frexp(value)[1] - 24, -149)) if math.isfinite(value) else value
+    if value == 0:
+        return LEAST[torch.float32]
+    return value + math.ldexp(1.0, max(math.frexp(value)[1] - 24, -149)) if abs(value) < LARGEST else value
 
 
 def peaks(x: Tensor, axis: int | None) -> Tensor:

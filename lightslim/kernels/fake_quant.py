@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 from torch.nn import Parameter
 
 from lightslim.kernels.arguments import check
@@ -85,10 +85,31 @@ class FakeQuant(Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Hand the gradient on where the input was not clipped."""
-        return ctx.kernels.straight_through(grad, ctx.saved_tensors, ctx.axis, ctx.strides), None, None, None, None
+        passed = StraightThrough.apply(grad, ctx.kernels, ctx.axis, ctx.strides, *ctx.saved_tensors)
+        return passed, None, None, None, None
+
+
+class StraightThrough(Function):
+    """The way back, which has one of its own, for penalties on gradients: the same, where nothing was clipped."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, kernels: Any, axis: int | None, strides: tuple[int, ...], *kept: Tensor | None
+    ) -> Tensor:
+        """``grad``, zero where the input was clipped."""
+        ctx.kernels, ctx.axis, ctx.strides = kernels, axis, strides
+        ctx.save_for_backward(*kept)
+        passed: Tensor = kernels.straight_through(grad, kept, axis, strides)
+        return passed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The same of what comes back."""
+        kept = ctx.saved_tensors
+        passed = StraightThrough.apply(grad, ctx.kernels, ctx.axis, ctx.strides, *kept)
+        return passed, None, None, None, *([None] * len(kept))
 
 
 @torch.library.custom_op("lightslim::fake_quant", mutates_args=())

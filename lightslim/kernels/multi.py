@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from lightslim.kernels.arguments import check_axis, check_bits, check_values
 from lightslim.kernels.backend import triton_kernels
@@ -60,7 +60,6 @@ class FakeQuantMany(Function):
         return tuple(launch.quantize_many(tensors, bits))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Nothing was clipped."""
         return None, *grads

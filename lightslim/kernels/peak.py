@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from lightslim.kernels.arguments import check
 from lightslim.kernels.backend import kernels_of
 from lightslim.kernels.chain import peaks
-from lightslim.kernels.fake_quant import fake_quant
+from lightslim.kernels.fake_quant import StraightThrough, fake_quant
 
 
 def fake_quant_and_peak(x: Tensor, amax: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,6 @@ class FakeQuantAndPeak(Function):
         return y, peak
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         """Hand the gradient on where the input was not clipped."""
-        return ctx.kernels.straight_through(grad, ctx.saved_tensors, None, ctx.strides), None, None
+        return StraightThrough.apply(grad, ctx.kernels, None, ctx.strides, *ctx.saved_tensors), None, None

@@ -88,7 +88,7 @@ def for_mobile(model: M) -> M:
 
     Raises:
         CompressionError: as :func:`to_int8`, an input has more than 8 bits, or its range is one of the tensor at hand
-            (``abs_max``), which has no scale to write down.
+            (``abs_max``), which has no scale to write down; or a weight is not float32 or not symmetric.
 
     Example:
         >>> from lightslim.quantize import transform
@@ -100,7 +100,18 @@ def for_mobile(model: M) -> M:
     # Importing it registers the operators
     import torch.ao.quantization.fx._decomposed  # noqa: F401
 
+    for name, layer in quantized_layers(model).items():
+        _check_mobile(name, layer)
     return _converted(model, DecodeForMobile, _mobile)
+
+
+def _check_mobile(name: str, layer: Any) -> None:
+    """Raise unless the weight of ``layer`` has what the operators of mobile runtimes know."""
+    weight = layer._parameters["weight"]
+    if weight.dtype != torch.float32:
+        raise CompressionError(f"the weight of {name} is {weight.dtype}: mobile runtimes take float32; model.float()?")
+    if weight_quantizer(layer).rule(weight.detach()[:0]).amin is not None:
+        raise CompressionError(f"the weight of {name} has an affine range: mobile runtimes take symmetric ones")
 
 
 class Decode(nn.Module):
@@ -108,19 +119,23 @@ class Decode(nn.Module):
 
     Args:
         codes: of the weight; the codes themselves are kept by the layer.
+        dtype: of the weight.
     """
 
-    def __init__(self, codes: Codes) -> None:
+    def __init__(self, codes: Codes, dtype: torch.dtype) -> None:
         super().__init__()
         self.axis = codes.axis
         self.step: Tensor
         self.zero: Tensor
+        self.like: Tensor
+        # Holds nothing but the type, which goes along when the model is converted
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
         self.register_buffer("step", codes.step)
         self.register_buffer("zero", codes.zero)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Codes to the weight, in the type of the scales."""
-        return Codes(values, self.step, self.zero, self.axis).decoded()
+        """Codes to the weight."""
+        return Codes(values, self.step, self.zero, self.axis).decoded().to(self.like.dtype)
 
 
 class DecodeForMobile(Decode):
@@ -168,6 +183,8 @@ def _mobile(quantizer: FakeQuantize, tensor: str) -> nn.Module:
     bounds = quantizer.rule.eval()(torch.empty(0))
     grid = grid_of(bounds.amax, bounds.amin, quantizer.bits)
     low, high = int(grid.low), int(grid.high)
+    if not grid.step:
+        return Requantize(1.0, 0, 0, 0, torch.int8)  # gives zeros, as such a range does
     if bounds.amin is None:
         return Requantize(grid.step.item(), 0, low, high, torch.int8)
     return Requantize(grid.step.item(), -low, 0, high - low, torch.uint8)
@@ -188,11 +205,11 @@ def _converted(model: M, decode: type[Decode], convert: Callable[[FakeQuantize, 
 
 
 def _store_codes(layer: Any, decode: type[Decode]) -> None:
-    codes = weight_codes(layer)
+    codes, dtype = weight_codes(layer), layer._parameters["weight"].dtype
     mixins = [CodedWeight if mixin is QuantizedWeight else mixin for mixin in mixins_of(layer)]
     swap(layer)
     for name in ("weight", WEIGHT):
         delattr(layer, name)
     layer.register_buffer("weight", codes.values)
-    setattr(layer, DECODER, decode(codes))
+    setattr(layer, DECODER, decode(codes, dtype))
     swap(layer, *mixins)

@@ -6,6 +6,7 @@ dicts, optimizers and averaged copies all stay as they were. (``torch.nn.utils.p
 """
 
 import functools
+import inspect
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -26,8 +27,10 @@ class Mixin(nn.Module):
 class QuantizedInput(Mixin):
     """The first argument of ``forward`` goes through ``input_quantizer``."""
 
-    def forward(self, input: Tensor, *rest: Any, **options: Any) -> Any:
-        """As the layer's own."""
+    def forward(self, input: Tensor | None = None, *rest: Any, **options: Any) -> Any:
+        """As the layer's own, which may call its input otherwise."""
+        if input is None:
+            input = options.pop(next(iter(inspect.signature(super().forward).parameters)))
         quantizer: Any = self.input_quantizer
         return super().forward(quantizer(input), *rest, **options)
 
@@ -48,6 +51,23 @@ class QuantizedWeight(Mixin):
     def weight(self: Any) -> Tensor:
         """The weight to compute with."""
         return self.weight_quantizer(self._parameters["weight"])  # type: ignore[no-any-return]
+
+
+class Unfused(Mixin):
+    """Torch's transformer layers, one by one in evaluation, too: their fused way through it rounds no input.
+
+    Both properties stand for what the layers ask before they go that way.
+    """
+
+    @property
+    def use_nested_tensor(self) -> bool:
+        """Of an encoder: whether it may pack its input for fused layers."""
+        return False
+
+    @property
+    def activation_relu_or_gelu(self) -> int:
+        """Of a layer: which activation the fused way has to take; it knows none of this number."""
+        return 0
 
 
 class CodedWeight(Mixin):
@@ -74,6 +94,11 @@ def swap(layer: nn.Module, *mixins: Any) -> None:
     """
     kind: Any = getattr(type(layer), "plain", type(layer))
     layer.__class__ = extended(kind, mixins) if mixins else kind
+
+
+def fusing(model: nn.Module) -> list[nn.Module]:
+    """The modules in ``model`` that :class:`Unfused` is for."""
+    return [each for each in model.modules() if isinstance(each, (nn.TransformerEncoder, nn.TransformerEncoderLayer))]
 
 
 def mixins_of(layer: nn.Module) -> tuple[type[Mixin], ...]:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from lightslim.errors import CompressionError, did_you_mean
 from lightslim.patterns import select
-from lightslim.quantize.layers import Mixin
+from lightslim.quantize.layers import Mixin, Unfused
 from lightslim.quantize.ranges import Range
 from lightslim.quantize.wiring import Between
 from lightslim.registry import registry
@@ -92,12 +92,7 @@ def plan_layers(
     if not left:
         raise CompressionError("there is nothing to quantize: no convolution or linear layer is left")
     for name in left:
-        if isinstance(layers[name], Mixin):
-            raise CompressionError(f"{name} is quantized already")
-        if isinstance(layers[name].weight, nn.UninitializedParameter):
-            raise CompressionError(f"{name} has no shape yet: run the model on a batch first")
-        if parametrize.is_parametrized(layers[name]):
-            raise CompressionError(f"{name} has a parametrization of its own (weight norm?): remove it or skip it")
+        _check_layer(name, layers[name])
     plan = dict.fromkeys(left, common)
     for pattern, changes in overrides.items():
         for name in select(pattern, left, "overrides"):
@@ -105,14 +100,34 @@ def plan_layers(
     return plan
 
 
+def _check_layer(name: str, layer: Any) -> None:
+    """Raise unless the weight of ``layer`` can be seen through a quantizer."""
+    if isinstance(layer, Mixin):
+        raise CompressionError(f"{name} is quantized already")
+    if parametrize.is_parametrized(layer) or layer._parameters.get("weight") is None:
+        raise CompressionError(f"the weight of {name} is computed (weight norm? a mask?): remove that or skip it")
+    if isinstance(layer.weight, nn.UninitializedParameter):
+        raise CompressionError(f"{name} has no shape yet: run the model on a batch first")
+    if not layer.weight.dtype.is_floating_point:
+        raise CompressionError(f"the weight of {name} is {layer.weight.dtype}, and only floats are rounded: skip it")
+    _check_own(name, layer, "skip it")
+
+
 def plan_outputs(model: nn.Module, common: Settings, outputs: Sequence[str]) -> dict[str, Settings]:
     """Which modules have their outputs quantized, and how; see ``transform`` for the arguments and errors."""
     modules = {name: child for name, child in model.named_modules() if name}
     names = [_last(name, modules) for pattern in outputs for name in select(pattern, modules, "outputs")]
     for name in names:
-        if isinstance(modules[name], Mixin):
+        if isinstance(modules[name], Mixin) and not isinstance(modules[name], Unfused):
             raise CompressionError(f"{name} is quantized already")
+        _check_own(name, modules[name], "name what is within, or what comes before")
     return dict.fromkeys(names, common)
+
+
+def _check_own(name: str, module: nn.Module, instead: str) -> None:
+    """Raise if the class of ``module`` does not say what its call does: extending it would do nothing."""
+    if "forward" in vars(module):
+        raise CompressionError(f"the forward of {name} is one of the object, not of its class (compiled?): {instead}")
 
 
 def _last(name: str, modules: Mapping[str, nn.Module]) -> str:

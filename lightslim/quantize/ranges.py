@@ -160,7 +160,7 @@ class MovingAverageAbsMax(Range):
     def forward(self, x: Tensor) -> Bounds:
         """The bounds, after learning from ``x`` in training mode."""
         if not self.training or not x.numel():
-            return Bounds(self.amax)
+            return Bounds(self.amax.clone())
         peak = self._peak(x)
         self._take_in(peak)
         clips = may_exceed(peak, self.amax)
@@ -262,7 +262,7 @@ class RangeAbsMax(Range):
         peak = self.magnitude(x).float()
         if self.learns:
             position = (self.seen % self.window.numel()).reshape(1)
-            self.window.index_copy_(0, position, peak.nan_to_num(0.0, posinf=0.0).reshape(1))
+            self.window.index_copy_(0, position, peak.nan_to_num(0.0, posinf=0.0).reshape(1).to(self.window))
             self.seen += 1
         amax = self.window.amax()
         return self.given(number(peak), Bounds(amax, clips=may_exceed(number(peak), amax)))

@@ -19,7 +19,8 @@ from lightslim.quantize.ranges import Range
 class Together:
     """Hands out each quantized weight once; when one is asked for again, all that were ever asked for are made anew.
 
-    None is handed out stale: a weight that was written to since the round began starts a new one.
+    A weight that was written to since the round began starts a new one. Writing through ``.data`` shows nowhere; what
+    is not trained, as the target networks that are written to so, is made anew each time, therefore.
 
     Example:
         >>> from lightslim.quantize import ChannelWiseAbsMax
@@ -38,9 +39,12 @@ class Together:
         state, rounded = self._ready.pop(rule, (None, weight))
         if state != _state(weight):
             known = self._weights.get(rule) is weight
-            self._weights[rule] = weight
-            self._ready.update(_round(self._weights if known else {rule: weight}))
-            _, rounded = self._ready.pop(rule)
+            if weight.requires_grad:
+                self._weights[rule] = weight
+            # Several threads may use the model at once: what this one needs passes no shared place
+            ready = _round(dict(self._weights) if known else {rule: weight})
+            _, rounded = ready.pop(rule)
+            self._ready.update(ready)
         return rounded
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Together":
@@ -58,7 +62,8 @@ def _state(weight: Tensor) -> tuple[Any, ...]:
     Averaging callbacks exchange weights for evaluation by ``data.copy_``, which a version counter does not notice.
     """
     modes = weight.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    return weight.data_ptr(), weight._version, weight.dtype, weight.shape, modes
+    version = None if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.dtype, weight.shape, modes
 
 
 def _round(weights: Mapping[Range, Tensor]) -> dict[Range, tuple[Any, Tensor]]:

@@ -18,6 +18,8 @@ from lightslim.quantize.layers import (
     QuantizedInput,
     QuantizedOutput,
     QuantizedWeight,
+    Unfused,
+    fusing,
     mixins_of,
     swap,
 )
@@ -146,13 +148,23 @@ def attach(model: M, plan: Mapping[str, Settings], outputs: Mapping[str, Setting
         _attach(layers[name], weight, inputs)
     for name, end in ends.items():
         _attach_output(model, name, end)
+    for fused in fusing(model):
+        if quantized_modules(fused):
+            swap(fused, *mixins_of(fused), Unfused)
     return model
 
 
 def _quantizers(layer: nn.Module, settings: Settings, together: Together) -> tuple[FakeQuantize, FakeQuantize | None]:
-    weight = settings.weight_rule(1 if getattr(layer, "transposed", False) else 0)
+    weight = settings.weight_rule(_channels(layer))
     inputs = FakeQuantize(settings.activation_rule()) if settings.rounds_inputs else None
     return FakeQuantize(weight, together), inputs
+
+
+def _channels(layer: Any) -> int:
+    """The dimension of a weight that holds the output channels, or their places in each group."""
+    transposed = getattr(layer, "transposed", False)
+    depthwise = transposed and layer.groups == layer.in_channels == layer.out_channels
+    return 1 if transposed and not depthwise else 0
 
 
 def _attach(layer: nn.Module, weight: FakeQuantize, inputs: FakeQuantize | None) -> None:
@@ -220,6 +232,8 @@ def untransform(model: M, rounded: bool = False) -> M:
     """
     for layer in quantized_modules(model).values():
         detach(layer, rounded)
+    for fused in fusing(model):
+        swap(fused)
     return model
 
 
@@ -250,6 +264,7 @@ def freeze(model: M) -> M:
     for layer in layers:
         weight = layer.weight.detach()
         swap(layer, *(mixin for mixin in mixins_of(layer) if mixin is not QuantizedWeight))
-        layer.weight.data = weight
+        # One of its own: whoever shares the old one may read it as it was
+        layer.weight = nn.Parameter(weight, layer._parameters["weight"].requires_grad)
         delattr(layer, WEIGHT)
     return frozen
