@@ -13,17 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_flatten
 from torchmetrics import Metric
 
 from lightslim.errors import CompressionError
-from lightslim.rng import isolated_rng
+from lightslim.rng import isolated_rng, kept_generators
 from lightslim.steps import (
     Log,
     Probe,
     batch_size_of,
+    call_hooks,
     call_step,
     captured_log,
     collated_samples,
@@ -59,7 +62,8 @@ def refuse_masks(trainer: Trainer) -> None:
 
 def probe_of(trainer: Trainer, module: LightningModule) -> Probe:
     """A probe that runs the module's steps on a few samples of its own data."""
-    val = _sample(trainer, _first(trainer.val_dataloaders), sample_batch)
+    loaders, _ = validation_data(trainer)
+    val = _sample(trainer, loaders[0] if loaders else None, sample_batch)
     # A training stream may not start again: it is only asked where there is nothing else.
     train = _sample(trainer, trainer.train_dataloader, sample_batch if val is None else collated_samples)
     if val is None and train is None:
@@ -69,14 +73,9 @@ def probe_of(trainer: Trainer, module: LightningModule) -> Probe:
     return replace(probe, gradients=lambda: mean_gradients(trainer, module))
 
 
-def _first(loaders: Any) -> Any:
-    if isinstance(loaders, dict):
-        loaders = list(loaders.values())
-    return (loaders[0] if loaders else None) if isinstance(loaders, (list, tuple)) else loaders
-
-
 def _sample(trainer: Trainer, loaders: Any, draw: Callable[[Any], Any]) -> Any:
-    """A small batch in the form that a step gets it: several training loaders make a list or a dict of batches."""
+    """A small batch in the form that a step gets it: loaders side by side make a list or a dict of batches."""
+    loaders = loaders.iterables if isinstance(loaders, _SideBySide) else loaders
     if isinstance(loaders, dict):
         batch: Any = {name: draw(loader) for name, loader in loaders.items()}
     elif isinstance(loaders, (list, tuple)):
@@ -184,7 +183,7 @@ def evaluate(
     Args:
         trainer: the running Trainer, whose loaders, devices and precision are used.
         module: the module it fits.
-        limit: batches of each loader to use; None for as many as the Trainer's own validation.
+        limit: batches of each loader to use, where the Trainer's own validation takes more.
         learning: submodules that are in training mode meanwhile, and keep what their buffers learn.
         loaders: what to take to its end instead of the Trainer's own validation data.
         call: calls the step with (step, batch, batch index, loader index).
@@ -197,11 +196,12 @@ def evaluate(
         own, limits = list(loaders), [math.inf] * len(loaders)
     if not own or not overrides(module, "validation_step"):
         return {}
-    with untouched(module, except_for=learning), torch.no_grad():
+    limits = limits if limit is None else [min(limit, of_one) for of_one in limits]
+    with untouched(module, except_for=learning), kept_generators(own), torch.no_grad():
         module.eval()
         for child in learning:
             child.train()
-        totals = _aggregate(_batches(trainer, module, own, [limit] * len(own) if limit else limits, call))
+        totals = _aggregate(_batches(trainer, module, own, limits, call))
     return {name: total.over_processes(trainer) for name, total in sorted(totals.items())}
 
 
@@ -221,8 +221,21 @@ def validation_data(trainer: Trainer) -> tuple[list[Any], list[float]]:
     loaders, limits = trainer.val_dataloaders, trainer.num_val_batches
     if loaders is None:
         return [], []
-    loaders = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
-    return loaders, list(limits) if isinstance(limits, list) else [limits] * len(loaders)
+    mode = getattr(trainer.fit_loop.epoch_loop.val_loop._combined_loader, "_mode", "sequential")
+    own = tree_flatten(loaders)[0] if mode == "sequential" else [_SideBySide(loaders, mode)]
+    return own, list(limits) if isinstance(limits, list) else [limits] * len(own)
+
+
+@dataclass(frozen=True)
+class _SideBySide:
+    """Loaders that a batch of each is taken from at once."""
+
+    iterables: Any
+    mode: Any
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch, _, _ in CombinedLoader(self.iterables, self.mode):
+            yield batch
 
 
 def _batches(
@@ -234,28 +247,25 @@ def _batches(
         if isinstance(child, Metric):
             child.reset()
     with captured_log(module) as log:
-        _call(module, "on_validation_epoch_start")
+        call_hooks(module, ("on_validation_start", "on_validation_epoch_start"))
         for index, loader in enumerate(loaders):
             suffix = f"/dataloader_idx_{index}" if len(loaders) > 1 else ""
             for batch_index, batch in enumerate(_limited(loader, limits[index])):
                 moved = _moved(trainer, batch, index)
+                call_hooks(module, ("on_validation_batch_start",), moved, batch_index, index)
                 with trainer.precision_plugin.val_step_context():
-                    call(module.validation_step, moved, batch_index, index)
+                    output = call(module.validation_step, moved, batch_index, index)
+                call_hooks(module, ("on_validation_batch_end",), output, moved, batch_index, index)
                 named = {name + (suffix if one.add_dataloader_idx else ""): one for name, one in log.items()}
                 objects.update({name: one for name, one in named.items() if isinstance(one.value, Metric)})
                 yield named, batch_size_of(moved)
                 log.clear()
-        _call(module, "on_validation_epoch_end")
+        call_hooks(module, ("on_validation_epoch_end", "on_validation_end"))
         yield log | {name: replace(one, value=one.value.compute()) for name, one in objects.items()}, 1
 
 
 def _limited(loader: Any, limit: float) -> Iterator[Any]:
     return itertools.islice(loader, None if math.isinf(limit) else int(limit))
-
-
-def _call(module: LightningModule, hook: str) -> None:
-    if overrides(module, hook):
-        getattr(module, hook)()
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """The state of the random generators: put back after use, and as plain tensors for checkpoints."""
 
 import contextlib
+import functools
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,53 @@ def isolated_rng() -> Iterator[None]:
         yield
     finally:
         isolation.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def kept_generators(owners: Iterable[Any]) -> Iterator[None]:
+    """The same for generators of their own, among the attributes of ``owners`` and of the samplers and data in them.
+
+    Example:
+        >>> own = torch.Generator()
+        >>> loader = torch.utils.data.DataLoader([1, 2, 3], shuffle=True, generator=own)
+        >>> with kept_generators([loader]):
+        ...     _ = list(loader)
+        >>> torch.equal(own.get_state(), torch.Generator().get_state())
+        True
+    """
+    found = [restorer for owner in owners for restorer in _generators(owner, depth=3)]
+    try:
+        yield
+    finally:
+        for restorer in found:
+            restorer()
+
+
+def _generators(owner: Any, depth: int) -> Iterator[Callable[[], None]]:
+    for name, value in getattr(owner, "__dict__", {}).items():
+        restorer = restorer_of(value)
+        if restorer is not None:
+            yield restorer
+        elif depth > 1 and name in ("iterables", "sampler", "batch_sampler", "dataset", "data_source"):
+            yield from _generators(value, depth - 1)
+
+
+def restorer_of(generator: Any) -> Callable[[], None] | None:
+    """What lets a generator of torch, numpy or Python go on from where it is now; None if it is something else."""
+    if isinstance(generator, torch.Generator):
+        return functools.partial(_set_state, generator, generator.get_state())
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.RandomState):
+        return functools.partial(_set_state, generator, generator.get_state())
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        return functools.partial(setattr, bits, "state", bits.state)
+    return None
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    generator.set_state(state)
 
 
 def random_state() -> dict[str, Tensor]:

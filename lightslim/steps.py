@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
-from lightslim.rng import isolated_rng
+from lightslim.rng import isolated_rng, kept_generators
 from lightslim.untouched import untouched
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -116,7 +116,23 @@ def step_probe(module: nn.Module, val_batch: Any, train_batch: Any, context: Con
 def _step(module: nn.Module, name: str, batch: Any) -> Callable[[], Any] | None:
     if batch is None or not overrides(module, name):
         return None
-    return lambda: call_step(getattr(module, name), batch, 0)
+
+    def run() -> Any:
+        if name == "validation_step":
+            call_hooks(module, ("on_validation_start", "on_validation_epoch_start"))
+            call_hooks(module, ("on_validation_batch_start",), batch, 0, 0)
+        return call_step(getattr(module, name), batch, 0)
+
+    return run
+
+
+def call_hooks(module: nn.Module, hooks: Sequence[str], *arguments: Any) -> None:
+    """Call those of ``hooks`` that the user's class defines, with as many of the arguments as they take."""
+    for hook in filter(lambda name: overrides(module, name), hooks):
+        method = getattr(module, hook)
+        kinds = [parameter.kind for parameter in inspect.signature(method).parameters.values()]
+        taken = len(arguments) if inspect.Parameter.VAR_POSITIONAL in kinds else len(kinds)
+        method(*arguments[:taken])
 
 
 def overrides(module: nn.Module, name: str) -> bool:
@@ -227,26 +243,31 @@ class _NoOptimizer:
 
 @contextlib.contextmanager
 def stubbed_optimizers(module: nn.Module) -> Iterator[None]:
-    """Let a manually optimized ``training_step`` run without stepping anything."""
+    """Let a manually optimized ``training_step`` run without stepping anything, however it finds its optimizers."""
     if getattr(module, "automatic_optimization", True):
         yield
         return
+    real = getattr(getattr(module, "_trainer", None), "optimizers", None) or []
 
     def optimizers(*_: Any, **__: Any) -> Any:
-        real = getattr(getattr(module, "_trainer", None), "optimizers", None) or [None]
         return [_NoOptimizer() for _ in real] if len(real) > 1 else _NoOptimizer()
 
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
     stubs = dict.fromkeys(("manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients"), nothing)
-    with replaced(module, optimizers=optimizers, lr_schedulers=optimizers, **stubs):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replaced(module, optimizers=optimizers, lr_schedulers=optimizers, **stubs))
+        for optimizer in real:
+            stack.enter_context(replaced(optimizer, step=_NoOptimizer().step, zero_grad=nothing))
+        for parameter in module.parameters():
+            parameter.grad = None  # which a backward pass of the step's own would add to
         yield
 
 
 def sample_batch(loader: Any) -> Any:
     """A small batch for looking at the model, drawn without disturbing a map-style loader; else its first batch."""
-    with isolated_rng():
+    with isolated_rng(), kept_generators([loader]):
         batch = collated_samples(loader)
         return next(iter(loader), None) if batch is None else batch
 
@@ -263,7 +284,7 @@ def collated_samples(loader: Any, samples: int = 8) -> Any:
         return None
     if len(dataset) == 0:
         return None
-    with isolated_rng():
+    with isolated_rng(), kept_generators([loader]):
         return _collated(dataset, collate, range(min(samples, size, len(dataset))))
 
 

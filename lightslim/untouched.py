@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightslim.rng import isolated_rng
+from lightslim.rng import isolated_rng, kept_generators
 
 _CONTAINERS = (list, dict, set, deque)
 Restore = Callable[[], None]
@@ -39,7 +39,7 @@ def untouched(module: nn.Module, except_for: Iterable[nn.Module] = ()) -> Iterat
     ]
     attributes = [(child, _own_attributes(child)) for child in module.modules()]
     try:
-        with isolated_rng():
+        with isolated_rng(), kept_generators(module.modules()):
             yield
     finally:
         for child, bound in bindings:

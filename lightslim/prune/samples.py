@@ -1,6 +1,5 @@
 """The batches that every point of an analysis sees: a seeded part of the validation data, read once if it fits."""
 
-import contextlib
 import copy
 import hashlib
 import itertools
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightslim.rng import isolated_rng
+from lightslim.rng import isolated_rng, kept_generators
 from lightslim.steps import batch_size_of, tensors_in
 
 
@@ -76,7 +75,7 @@ class Samples:
         self._loader, self._limit, self._rate, self._seed = loader, limit, rate, seed
         self.kept = Copies()
         self.whole = True
-        with isolated_rng(), _generators_kept(loader):
+        with isolated_rng(), kept_generators([loader]):
             self._subset = None if rate is None else _subset(loader, self._most, rate, seed)
             for batch in self._read():
                 self.whole = room.take(sum(t.numel() * t.element_size() for t in tensors_in(batch)))
@@ -87,7 +86,7 @@ class Samples:
     def __iter__(self) -> Iterator[Any]:
         yield from self.kept
         if not self.whole:
-            with _generators_kept(self._loader):
+            with kept_generators([self._loader]):
                 yield from itertools.islice(self._read(), len(self.kept), None)
 
     @property
@@ -136,16 +135,3 @@ def _subset(loader: Any, most: int | None, rate: float, seed: int) -> DataLoader
         worker_init_fn=loader.worker_init_fn,
         pin_memory=loader.pin_memory,
     )
-
-
-@contextlib.contextmanager
-def _generators_kept(loader: Any) -> Iterator[None]:
-    """The random generators that a loader owns are afterwards as they were before."""
-    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    found = {id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)}
-    states = {key: generator.get_state() for key, generator in found.items()}
-    try:
-        yield
-    finally:
-        for key, generator in found.items():
-            generator.set_state(states[key])

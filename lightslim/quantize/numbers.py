@@ -1,5 +1,6 @@
 """The numbers that ranges have learned: on their way into a strategy's state, to copies, and to an optimizer."""
 
+import contextlib
 import itertools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -22,6 +23,31 @@ def fill(quantizer: FakeQuantize, learned: Mapping[str, Tensor]) -> None:
         for name, number in numbers(quantizer).items():
             if name in learned:
                 number.copy_(learned[name])
+
+
+def learned_by(named: Mapping[str, FakeQuantize]) -> dict[str, dict[str, Tensor]]:
+    """Copies of what the quantizers of these names have learned."""
+    return {name: {key: t.detach().clone() for key, t in numbers(each).items()} for name, each in named.items()}
+
+
+@contextlib.contextmanager
+def noting(named: Mapping[str, FakeQuantize], into: dict[str, dict[str, Tensor]]) -> Iterator[None]:
+    """Put into ``into``, at the end, what the quantizers know by then."""
+    yield
+    into.update(learned_by(named))
+
+
+def has_seen(quantizer: FakeQuantize) -> bool:
+    """Whether the range is one to work with: that of the tensor at hand, or one that has learned something."""
+    rule = quantizer.rule
+    if rule.exact:
+        return True
+    learning = rule.training
+    try:
+        bounds = rule.eval()(next(rule.buffers(), torch.zeros(1)).new_zeros(1).float())
+    finally:
+        rule.train(learning)
+    return any(bool((bound != 0).any()) for bound in (bounds.amax, bounds.amin) if isinstance(bound, Tensor))
 
 
 def unsaved(quantizer: FakeQuantize) -> None:

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 import torch
 from pytorch_lightning.utilities import move_data_to_device
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from lightslim.errors import CompressionError
+from lightslim.quantize.numbers import has_seen
 from lightslim.quantize.plan import Outputs, Settings, check_weights, plan_model
-from lightslim.quantize.transform import FakeQuantize, attach, detach, quantized_values, quantizers, watching
+from lightslim.quantize.transform import attach, detach, quantized_values, quantizers, watching
 from lightslim.quantize.wiring import between
 
 M = TypeVar("M", bound=nn.Module)
@@ -89,7 +90,7 @@ def quantize(
     attach(quantized, plan, ends)
     calibrate(quantized, lambda: _run_all(quantized, itertools.chain(first, drawn), forward or _call))
     values = quantized_values(quantized)
-    blind = list(dict.fromkeys(name for name, module, _, role in values if not _has_seen(getattr(module, role))))
+    blind = list(dict.fromkeys(name for name, module, _, role in values if not has_seen(getattr(module, role))))
     for name in blind:
         detach(quantized.get_submodule(name))
     if blind:
@@ -147,11 +148,3 @@ def _finite_inputs(model: nn.Module) -> Iterator[None]:
             hook = getattr(module, role).register_forward_pre_hook(lambda _, inputs, of=of: check(of, inputs))
             stack.callback(hook.remove)
         yield
-
-
-def _has_seen(quantizer: FakeQuantize) -> bool:
-    """Whether the range is one to work with: that of the tensor at hand, or one that has learned something."""
-    if quantizer.rule.exact:
-        return True
-    bounds = quantizer.rule(torch.zeros(1))
-    return any(bool((bound != 0).any()) for bound in (bounds.amax, bounds.amin) if isinstance(bound, Tensor))

@@ -14,14 +14,14 @@ from lightslim import deploy
 from lightslim.errors import CompressionError
 from lightslim.infit import averaged_copies, evaluate, logged_names, probe_of, train_beside
 from lightslim.quantize.analysis import check_outputs, signal_to_noise, unreached
-from lightslim.quantize.numbers import fill, in_steps, numbers, trained, unsaved
+from lightslim.quantize.numbers import fill, has_seen, in_steps, learned_by, noting, numbers, trained, unsaved
 from lightslim.quantize.plan import Outputs, Settings, check_nodes, check_weights, plan_layers, plan_model
 from lightslim.quantize.posttraining import calibrate
 from lightslim.quantize.ranges import Range
 from lightslim.quantize.transform import FakeQuantize, attach, quantized_layers, quantizers, untransform, watching
 from lightslim.quantize.wiring import Between, between
 from lightslim.registry import registry
-from lightslim.steps import forward_probe
+from lightslim.steps import forward_probe, overrides
 from lightslim.strategy import CompressionStrategy, changed_metrics, check_metric
 from lightslim.tables import table
 
@@ -49,7 +49,8 @@ class QuantizationStrategy(CompressionStrategy):
         overrides: pattern of layer names to the settings that differ there.
         weight_range: arguments of the weights' range.
         activation_range: arguments of the inputs' range, as ``{"rate": 0.99}``.
-        calibration_batches: validation batches that the ranges see before the first step.
+        calibration_batches: validation batches that the ranges see before the first step. What these do not reach is
+            shown a few samples of the training data.
         outputs: patterns of names of modules whose outputs are quantized too: those that an addition reads. Or "auto",
             see :func:`quantize`.
         metric_name: a metric that the module logs, shown before and after.
@@ -103,6 +104,8 @@ class QuantizationStrategy(CompressionStrategy):
         self.save_paths = {format_: path for format_, path in paths.items() if path is not None}
         self.save_in_nodes, self.save_out_nodes = save_in_nodes, save_out_nodes
         self.export_options = dict(export_options or {})
+        if calibration_batches < 0:
+            raise CompressionError(f"calibration_batches is {calibration_batches}; it must be 0 or more")
         self.calibration_batches = calibration_batches
         self.outputs: Outputs = outputs if isinstance(outputs, str) else tuple(outputs)
         self.metric_name = metric_name
@@ -128,23 +131,30 @@ class QuantizationStrategy(CompressionStrategy):
 
     def ranges(self) -> Mapping[str, Mapping[str, Tensor]]:
         """What the ranges have learned: quantizer name to its numbers."""
-        now = {name: {key: t.detach().clone() for key, t in numbers(q).items()} for name, q in self._quantizers.items()}
-        return now or self._ranges
+        return learned_by(self._quantizers) or self._ranges
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and any(True for _ in pl_module.parameters()):
-            layers, outputs = self._plans(pl_module)
-            self._check_calibration({**layers, **outputs})
-            check_nodes(pl_module, self.save_in_nodes, "save_in_nodes")
-            check_nodes(pl_module, self.save_out_nodes, "save_out_nodes")
+        if stage == "fit":
+            if not self._begun:  # another module may have taught it some
+                self._ranges, self._between = {}, Between()
             for format_, options in self._formats().items():
                 exporter = registry().get("exporter", format_)
                 exporter.check_available()
                 exporter.check_options(options)
-        if stage != "fit" and self._begun:
+            # Of one that is not whole yet nothing can be said before it is
+            if not any(overrides(pl_module, hook) for hook in ("setup", "configure_model")):
+                self._check(pl_module)
+        elif self._begun:
             self._arm(trainer, pl_module)
+
+    def _check(self, module: LightningModule) -> None:
+        """Raise unless ``module`` has what the arguments speak of."""
+        layers, outputs = self._plans(module)
+        self._check_calibration({**layers, **outputs})
+        check_nodes(module, self.save_in_nodes, "save_in_nodes")
+        check_nodes(module, self.save_out_nodes, "save_out_nodes")
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,6 +163,8 @@ class QuantizationStrategy(CompressionStrategy):
             self._arm(trainer, pl_module)
             idle = next(record["idle"] for record in self.history if record["act"] == "quantize")
             train_beside(trainer, trained(pl_module, idle))
+        else:
+            self._check(pl_module)
 
     @override
     def figures(self) -> Mapping[str, float]:
@@ -258,10 +270,7 @@ class QuantizationStrategy(CompressionStrategy):
         before = evaluate(trainer, pl_module)
         self._look(trainer, pl_module)
         self._arm(trainer, pl_module)
-        rules = [quantizer.rule for quantizer in self._quantizers.values()]
-        with watching(pl_module):
-            evaluate(trainer, pl_module, limit=self.calibration_batches, learning=rules)
-        synchronize(trainer, rules)
+        self._calibrate(trainer, pl_module)
         idle = unreached(probe_of(trainer, pl_module), pl_module)
         if idle:
             rank_zero_warn(f"{self.name}: the inputs of {', '.join(idle)} are not quantized: the step never calls them")
@@ -276,6 +285,21 @@ class QuantizationStrategy(CompressionStrategy):
         rank_zero_info(f"{self.name}, epoch {trainer.current_epoch}: {count} layers quantized{changed}")
         metrics = {"before": before, "after": after}
         return {"act": "quantize", "quantized": count, "idle": idle, "signal_to_noise": noise, "metrics": metrics}
+
+    def _calibrate(self, trainer: Trainer, module: LightningModule) -> None:
+        """Let the ranges see validation data, and those that this leaves without any some training data."""
+        rules = [quantizer.rule for quantizer in self._quantizers.values()]
+        if self.calibration_batches:
+            with watching(module):
+                evaluate(trainer, module, limit=self.calibration_batches, learning=rules)
+        blind = {name: quantizer for name, quantizer in self._quantizers.items() if not has_seen(quantizer)}
+        if trainer.strategy.reduce_boolean_decision(bool(blind), all=False):
+            learned: dict[str, dict[str, Tensor]] = {}
+            with watching(module):
+                probe_of(trainer, module).run(training=True, within=noting(blind, learned))
+            for name, quantizer in blind.items():
+                fill(quantizer, learned[name])
+        synchronize(trainer, rules)
 
     @override
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | None:
