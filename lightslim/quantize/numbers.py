@@ -31,8 +31,10 @@ def learned_by(named: Mapping[str, FakeQuantize]) -> dict[str, dict[str, Tensor]
 
 
 @contextlib.contextmanager
-def noting(named: Mapping[str, FakeQuantize], into: dict[str, dict[str, Tensor]]) -> Iterator[None]:
-    """Put into ``into``, at the end, what the quantizers know by then."""
+def learning(named: Mapping[str, FakeQuantize], into: dict[str, dict[str, Tensor]]) -> Iterator[None]:
+    """Let the ranges learn, in layers in evaluation mode, too, and put into ``into`` what they know at the end."""
+    for quantizer in named.values():
+        quantizer.rule.train()
     yield
     into.update(learned_by(named))
 
@@ -42,11 +44,11 @@ def has_seen(quantizer: FakeQuantize) -> bool:
     rule = quantizer.rule
     if rule.exact:
         return True
-    learning = rule.training
+    mode = rule.training
     try:
         bounds = rule.eval()(next(rule.buffers(), torch.zeros(1)).new_zeros(1).float())
     finally:
-        rule.train(learning)
+        rule.train(mode)
     return any(bool((bound != 0).any()) for bound in (bounds.amax, bounds.amin) if isinstance(bound, Tensor))
 
 

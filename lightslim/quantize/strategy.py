@@ -14,7 +14,7 @@ from lightslim import deploy
 from lightslim.errors import CompressionError
 from lightslim.infit import averaged_copies, evaluate, logged_names, probe_of, train_beside
 from lightslim.quantize.analysis import check_outputs, signal_to_noise, unreached
-from lightslim.quantize.numbers import fill, has_seen, in_steps, learned_by, noting, numbers, trained, unsaved
+from lightslim.quantize.numbers import fill, has_seen, in_steps, learned_by, learning, numbers, trained, unsaved
 from lightslim.quantize.plan import Outputs, Settings, check_nodes, check_weights, plan_layers, plan_model
 from lightslim.quantize.posttraining import calibrate
 from lightslim.quantize.ranges import Range
@@ -296,7 +296,7 @@ class QuantizationStrategy(CompressionStrategy):
         if trainer.strategy.reduce_boolean_decision(bool(blind), all=False):
             learned: dict[str, dict[str, Tensor]] = {}
             with watching(module):
-                probe_of(trainer, module).run(training=True, within=noting(blind, learned))
+                probe_of(trainer, module).run(training=True, within=learning(blind, learned))
             for name, quantizer in blind.items():
                 fill(quantizer, learned[name])
         synchronize(trainer, rules)
