@@ -23,6 +23,7 @@ from torchmetrics import Metric
 from lightslim.errors import CompressionError
 from lightslim.rng import isolated_rng, kept_generators
 from lightslim.steps import (
+    BEFORE_VALIDATION,
     Log,
     Probe,
     batch_size_of,
@@ -210,7 +211,8 @@ def visit(
 ) -> None:
     """Let ``call`` have every step of a validation over ``loaders``; end before the epoch does, and log nothing."""
     steps = _batches(trainer, module, list(loaders), [math.inf] * len(loaders), call)
-    with untouched(module), torch.no_grad(), contextlib.closing(steps):
+    swaps = any(overrides(module, hook) for hook in BEFORE_VALIDATION)
+    with untouched(module, parameters=swaps), torch.no_grad(), contextlib.closing(steps):
         module.eval()
         for _ in itertools.islice(steps, sum(map(len, loaders))):  # what would come next is the end of the epoch
             pass

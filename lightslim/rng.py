@@ -13,6 +13,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 @contextlib.contextmanager
@@ -46,7 +47,7 @@ def kept_generators(owners: Iterable[Any]) -> Iterator[None]:
         >>> torch.equal(own.get_state(), torch.Generator().get_state())
         True
     """
-    found = [restorer for owner in owners for restorer in _generators(owner, depth=3)]
+    found = [restorer for owner in owners for restorer in _generators(owner, depth=4)]
     try:
         yield
     finally:
@@ -60,14 +61,15 @@ def _generators(owner: Any, depth: int) -> Iterator[Callable[[], None]]:
         if restorer is not None:
             yield restorer
         elif depth > 1 and name in ("iterables", "sampler", "batch_sampler", "dataset", "data_source"):
-            yield from _generators(value, depth - 1)
+            for inner in tree_leaves(value) if name == "iterables" else [value]:
+                yield from _generators(inner, depth - 1)
 
 
 def restorer_of(generator: Any) -> Callable[[], None] | None:
     """What lets a generator of torch, numpy or Python go on from where it is now; None if it is something else."""
     if isinstance(generator, torch.Generator):
         return functools.partial(_set_state, generator, generator.get_state())
-    if isinstance(generator, random.Random):
+    if isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom):
         return functools.partial(generator.setstate, generator.getstate())
     if isinstance(generator, np.random.RandomState):
         return functools.partial(_set_state, generator, generator.get_state())

@@ -7,6 +7,7 @@ attributes that the step changed are put back afterwards, and what it logs is ca
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +52,7 @@ class Probe:
         batch_size: how many samples to divide the cost of one run by.
         needs_grad: whether the evaluation run differentiates, as a training step may.
         train_needs_grad: whether the training run does; without, it keeps nothing for a backward pass.
+        prepare: called before each evaluation run, as the hooks of validation are; may change parameters meanwhile.
         gradients: takes the mean gradients of the loss by parameter name, from training data; None where that cannot
             be done.
     """
@@ -62,14 +64,22 @@ class Probe:
     batch_size: int = 1
     needs_grad: bool = False
     train_needs_grad: bool = True
+    prepare: Callable[[], Any] | None = None
     gradients: Callable[[], Mapping[str, Tensor]] | None = None
 
     def run(self, training: bool = False, within: AbstractContextManager[Any] | None = None) -> tuple[Any, Log]:
         """Run the step once, ``within`` a context if one is given; returns its output and what it logged."""
         step = self.train if training and self.train else self.evaluate
         grad = torch.set_grad_enabled(self.train_needs_grad if training else self.needs_grad)
-        with untouched(self.module), captured_log(self.module) as log, stubbed_optimizers(self.module), self.context():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(untouched(self.module, parameters=self.prepare is not None and not training))
+            log = stack.enter_context(captured_log(self.module))
+            stack.enter_context(stubbed_optimizers(self.module))
+            stack.enter_context(self.context())
             self.module.train(training)
+            if self.prepare is not None and not training:
+                with torch.no_grad():
+                    self.prepare()
             with grad, torch.compiler.set_stance("force_eager"), _plain_attention(), within or contextlib.nullcontext():
                 return step(), log
 
@@ -110,29 +120,37 @@ def step_probe(module: nn.Module, val_batch: Any, train_batch: Any, context: Con
     batch = train_batch if evaluation is None and train_batch is not None else val_batch
     forward = forward_probe(module, batch[0] if isinstance(batch, (tuple, list)) else batch).evaluate
     differentiates = evaluation is None and training is not None
-    return Probe(module, evaluation or training or forward, training, context, batch_size_of(batch), differentiates)
+    run, size = evaluation or training or forward, batch_size_of(batch)
+    hooked = evaluation is not None and any(overrides(module, hook) for hook in BEFORE_VALIDATION)
+    prepare = functools.partial(before_validation, module, val_batch) if hooked else None
+    return Probe(module, run, training, context, size, differentiates, prepare=prepare)
 
 
 def _step(module: nn.Module, name: str, batch: Any) -> Callable[[], Any] | None:
     if batch is None or not overrides(module, name):
         return None
+    return lambda: call_step(getattr(module, name), batch, 0)
 
-    def run() -> Any:
-        if name == "validation_step":
-            call_hooks(module, ("on_validation_start", "on_validation_epoch_start"))
-            call_hooks(module, ("on_validation_batch_start",), batch, 0, 0)
-        return call_step(getattr(module, name), batch, 0)
 
-    return run
+BEFORE_VALIDATION = ("on_validation_start", "on_validation_epoch_start", "on_validation_batch_start")
+"""The hooks that may prepare what ``validation_step`` needs."""
+
+
+def before_validation(module: nn.Module, batch: Any) -> None:
+    """Call them, as before the first batch."""
+    *of_all, of_batch = BEFORE_VALIDATION
+    call_hooks(module, of_all)
+    call_hooks(module, (of_batch,), batch, 0, 0)
 
 
 def call_hooks(module: nn.Module, hooks: Sequence[str], *arguments: Any) -> None:
     """Call those of ``hooks`` that the user's class defines, with as many of the arguments as they take."""
     for hook in filter(lambda name: overrides(module, name), hooks):
         method = getattr(module, hook)
-        kinds = [parameter.kind for parameter in inspect.signature(method).parameters.values()]
-        taken = len(arguments) if inspect.Parameter.VAR_POSITIONAL in kinds else len(kinds)
-        method(*arguments[:taken])
+        parameters = inspect.signature(method).parameters.values()
+        several = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+        places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        method(*arguments[: None if several else len(places)])
 
 
 def overrides(module: nn.Module, name: str) -> bool:

@@ -15,12 +15,13 @@ Restore = Callable[[], None]
 
 
 @contextlib.contextmanager
-def untouched(module: nn.Module, except_for: Iterable[nn.Module] = ()) -> Iterator[None]:
+def untouched(module: nn.Module, except_for: Iterable[nn.Module] = (), parameters: bool = False) -> Iterator[None]:
     """Whatever happens inside, ``module`` and the random state are afterwards as they were before.
 
     Args:
         module: what to put back: modes, buffers, gradients and the plain attributes of every submodule.
         except_for: submodules whose buffers keep what they learn inside.
+        parameters: whether something inside may write to parameters, so that they are put back, too.
 
     Example:
         >>> net = nn.BatchNorm1d(2)
@@ -31,6 +32,7 @@ def untouched(module: nn.Module, except_for: Iterable[nn.Module] = ()) -> Iterat
     """
     modes = [(child, child.training) for child in module.modules()]
     gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+    values = [(parameter, parameter.data, parameter.data.clone()) for parameter in module.parameters() if parameters]
     kept = set(except_for)
     owners = [child for child in module.modules() if child not in kept]
     bindings = [(child, dict(child._buffers)) for child in owners]
@@ -47,6 +49,8 @@ def untouched(module: nn.Module, except_for: Iterable[nn.Module] = ()) -> Iterat
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+        for parameter, place, value in values:
+            parameter.data = place.copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for child, saved in attributes:

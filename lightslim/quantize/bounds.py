@@ -5,6 +5,7 @@ have called the layer on other tensors (the second view of a contrastive loss, a
 and its range has moved on.
 """
 
+import functools
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ class Bounds(NamedTuple):
 class Given:
     """The bounds of the latest calls, told apart by what the range saw of each tensor: its largest magnitude, say.
 
+    Where that is the same for all (images that reach to 1, ReLU6), so are the ranges, but for the first steps.
+
     Example:
         >>> given = Given()
         >>> for peak in (1.0, 3.0):
@@ -58,7 +61,8 @@ class Given:
 
     def _find_by_tensors(self, seen: Tensor) -> Bounds | None:
         """Without looking at a number, for which a GPU would have to stop."""
-        calls = [(known, bounds) for known, bounds in self._calls if isinstance(known, Tensor)]
+        tensors = ((known, bounds) for known, bounds in self._calls if isinstance(known, Tensor))
+        calls = [(known, bounds) for known, bounds in tensors if known.device == seen.device]
         if not calls:
             return None
         fits = torch.stack([known for known, _ in calls]) == seen
@@ -81,4 +85,5 @@ def _numbers(bounds: Bounds) -> tuple[Any, ...]:
 
 
 def _bounds(amax: Any, amin: Any, clips: bool, dtype: torch.dtype) -> Bounds:
-    return Bounds(torch.tensor(amax, dtype=dtype), None if amin is None else torch.tensor(amin, dtype=dtype), clips)
+    of_numbers = functools.partial(torch.tensor, dtype=dtype, device="cpu")
+    return Bounds(of_numbers(amax), None if amin is None else of_numbers(amin), clips)

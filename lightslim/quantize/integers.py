@@ -110,7 +110,7 @@ def _check_mobile(name: str, layer: Any) -> None:
     weight = layer._parameters["weight"]
     if weight.dtype != torch.float32:
         raise CompressionError(f"the weight of {name} is {weight.dtype}: mobile runtimes take float32; model.float()?")
-    if weight_quantizer(layer).rule(weight.detach()[:0]).amin is not None:
+    if copy.deepcopy(weight_quantizer(layer).rule).eval()(weight.detach()).amin is not None:
         raise CompressionError(f"the weight of {name} has an affine range: mobile runtimes take symmetric ones")
 
 
@@ -129,7 +129,7 @@ class Decode(nn.Module):
         self.zero: Tensor
         self.like: Tensor
         # Holds nothing but the type, which goes along when the model is converted
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+        self.register_buffer("like", codes.step.new_empty(0, dtype=dtype), persistent=False)
         self.register_buffer("step", codes.step)
         self.register_buffer("zero", codes.zero)
 

@@ -30,7 +30,10 @@ class QuantizedInput(Mixin):
     def forward(self, input: Tensor | None = None, *rest: Any, **options: Any) -> Any:
         """As the layer's own, which may call its input otherwise."""
         if input is None:
-            input = options.pop(next(iter(inspect.signature(super().forward).parameters)))
+            name = next(iter(inspect.signature(super().forward).parameters))
+            if name not in options:
+                return super().forward(*rest, **options)  # says what is missing
+            input = options.pop(name)
         quantizer: Any = self.input_quantizer
         return super().forward(quantizer(input), *rest, **options)
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from lightslim.errors import CompressionError, did_you_mean
 from lightslim.patterns import select
-from lightslim.quantize.layers import Mixin, Unfused
+from lightslim.quantize.layers import Mixin, Unfused, mixins_of
 from lightslim.quantize.ranges import Range
 from lightslim.quantize.wiring import Between
 from lightslim.registry import registry
@@ -97,6 +97,8 @@ def plan_layers(
     for pattern, changes in overrides.items():
         for name in select(pattern, left, "overrides"):
             plan[name] = _changed(plan[name], changes)
+    for name in (name for name, settings in plan.items() if settings.rounds_inputs):
+        _check_own(name, layers[name], "skip it")
     return plan
 
 
@@ -110,7 +112,6 @@ def _check_layer(name: str, layer: Any) -> None:
         raise CompressionError(f"{name} has no shape yet: run the model on a batch first")
     if not layer.weight.dtype.is_floating_point:
         raise CompressionError(f"the weight of {name} is {layer.weight.dtype}, and only floats are rounded: skip it")
-    _check_own(name, layer, "skip it")
 
 
 def plan_outputs(model: nn.Module, common: Settings, outputs: Sequence[str]) -> dict[str, Settings]:
@@ -118,7 +119,7 @@ def plan_outputs(model: nn.Module, common: Settings, outputs: Sequence[str]) -> 
     modules = {name: child for name, child in model.named_modules() if name}
     names = [_last(name, modules) for pattern in outputs for name in select(pattern, modules, "outputs")]
     for name in names:
-        if isinstance(modules[name], Mixin) and not isinstance(modules[name], Unfused):
+        if set(mixins_of(modules[name])) - {Unfused}:
             raise CompressionError(f"{name} is quantized already")
         _check_own(name, modules[name], "name what is within, or what comes before")
     return dict.fromkeys(names, common)

@@ -55,7 +55,7 @@ class Range(nn.Module):
             seen: what tells the tensor from others, as its largest magnitude: 0-d, or a Python number.
             bounds: what the range gives now; beside a 0-d ``seen`` no buffer itself, which would move on.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.training:
             return bounds
         if self.learns:
             self._given.note(seen, bounds)
@@ -89,8 +89,8 @@ class Range(nn.Module):
         """The range to round ``x`` to where it does not depend on ``x``, symmetric; the default is that it does."""
         return None
 
-    def learn(self, peak: Tensor | float, known: Tensor) -> None:
-        """Take in the largest magnitude of a tensor that was rounded to ``known``, which :meth:`before` gave."""
+    def learn(self, peak: Tensor | float) -> None:
+        """Take in the largest magnitude of a tensor that was rounded to what :meth:`before` gave."""
 
     def agreed(self) -> list[Tensor]:
         """The buffers of which all processes of a distributed run take the largest values after each step."""
@@ -151,7 +151,7 @@ class MovingAverageAbsMax(Range):
         check_whole(axis, "moving_average_abs_max")
         self.rate = check_rate(rate)
         self.delayed = delayed
-        self._known = False
+        self._known: Tensor | None = None
         self.state: Tensor
         self.amax: Tensor
         self.register_buffer("state", torch.zeros(()))
@@ -174,12 +174,14 @@ class MovingAverageAbsMax(Range):
         if not self.learns:
             return self.given(self._peak(x), Bounds(self.amax)).amax
         # The state is asked until something is known and no longer, since looking at a number stops a GPU
-        self._known = self._known or bool(self.state > 0)
-        return self.amax.clone() if self._known else self.magnitude(x).float().nan_to_num(0.0, posinf=0.0)
+        begun = self._known is not None or bool(self.state > 0)
+        self._known = self.amax.clone() if begun else self.magnitude(x).float().nan_to_num(0.0, posinf=0.0)
+        return self._known
 
-    def learn(self, peak: Tensor | float, known: Tensor) -> None:
+    def learn(self, peak: Tensor | float) -> None:
         """Take in the largest magnitude of one more tensor."""
-        self.given(number(peak), Bounds(known))
+        if self._known is not None:
+            self.given(number(peak), Bounds(self._known))
         self._take_in(number(peak))
 
     def _take_in(self, peak: Tensor | float) -> None:

@@ -292,6 +292,7 @@ class QuantizationStrategy(CompressionStrategy):
         if self.calibration_batches:
             with watching(module):
                 evaluate(trainer, module, limit=self.calibration_batches, learning=rules)
+        synchronize(trainer, rules)
         blind = {name: quantizer for name, quantizer in self._quantizers.items() if not has_seen(quantizer)}
         if trainer.strategy.reduce_boolean_decision(bool(blind), all=False):
             learned: dict[str, dict[str, Tensor]] = {}

@@ -4,6 +4,7 @@ One after the other, each between two large convolutions, small operations run f
 kernel each on a GPU: several times the cost of doing them in one go.
 """
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,8 +20,8 @@ from lightslim.quantize.ranges import Range
 class Together:
     """Hands out each quantized weight once; when one is asked for again, all that were ever asked for are made anew.
 
-    A weight that was written to since the round began starts a new one. Writing through ``.data`` shows nowhere; what
-    is not trained, as the target networks that are written to so, is made anew each time, therefore.
+    A weight that was written to since the round began starts a new one. Writing through ``.data`` shows nowhere, but
+    those that are not trained, as target networks that are written to so, have rounds of their own.
 
     Example:
         >>> from lightslim.quantize import ChannelWiseAbsMax
@@ -33,19 +34,25 @@ class Together:
         # Weak, so that a layer that leaves the model leaves here too
         self._weights: WeakKeyDictionary[Range, Tensor] = WeakKeyDictionary()
         self._ready: dict[Range, tuple[Any, Tensor]] = {}
+        self._lock = threading.Lock()
 
     def take(self, rule: Range, weight: Tensor) -> Tensor:
         """``weight`` on the grid of its exact ``rule``; the gradient is handed on to it."""
         state, rounded = self._ready.pop(rule, (None, weight))
         if state != _state(weight):
-            known = self._weights.get(rule) is weight
-            if weight.requires_grad:
-                self._weights[rule] = weight
             # Several threads may use the model at once: what this one needs passes no shared place
-            ready = _round(dict(self._weights) if known else {rule: weight})
+            ready = _round(self._round_of(rule, weight))
             _, rounded = ready.pop(rule)
             self._ready.update(ready)
         return rounded
+
+    def _round_of(self, rule: Range, weight: Tensor) -> dict[Range, Tensor]:
+        """All that are trained, or not, as this one is; a weight that was never asked for comes alone."""
+        with self._lock:
+            known = self._weights.get(rule) is weight
+            self._weights[rule] = weight
+            alike = {rule: one for rule, one in self._weights.items() if one.requires_grad == weight.requires_grad}
+        return alike if known else {rule: weight}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Together":
         # A copy of one layer must not drag the others along

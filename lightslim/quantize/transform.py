@@ -65,7 +65,7 @@ class FakeQuantize(nn.Module):
         known = rule.before(x)
         if known is not None:
             y, peak = fake_quant_and_peak(x, known, rule.bits)
-            rule.learn(peak, known)
+            rule.learn(peak)
             return y
         return rule.rounded(x)
 
@@ -149,7 +149,7 @@ def attach(model: M, plan: Mapping[str, Settings], outputs: Mapping[str, Setting
     for name, end in ends.items():
         _attach_output(model, name, end)
     for fused in fusing(model):
-        if quantized_modules(fused):
+        if quantized_modules(fused) and Unfused not in mixins_of(fused):
             swap(fused, *mixins_of(fused), Unfused)
     return model
 
@@ -240,7 +240,7 @@ def untransform(model: M, rounded: bool = False) -> M:
 def detach(layer: Any, rounded: bool = False) -> None:
     """Take fake quantization out of one module; see :func:`untransform`."""
     weight = layer.weight.detach() if rounded and WEIGHT in layer._modules else None
-    swap(layer)
+    swap(layer, *(mixin for mixin in mixins_of(layer) if mixin is Unfused))  # for what else is quantized within
     if weight is not None:
         layer.weight.data = weight
     for name in {WEIGHT, INPUT, OUTPUT} & layer._modules.keys():
