@@ -1,5 +1,7 @@
 """What the ranges of a fit are shown before its first step, and that the fit feels nothing of it."""
 
+import copy
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -137,12 +139,14 @@ def test_layers_made_in_setup_are_known(tmp_path):
 
 
 class Hooked(TinyModule):
-    """Its validation rests on hooks."""
+    """Its validation rests on hooks, and is one of halved weights."""
 
     def on_validation_start(self):
         self.store = []
+        self.whole = copy.deepcopy(self.net.state_dict())
+        self.net.load_state_dict({name: value / 2 for name, value in self.whole.items()})
 
-    def on_validation_batch_start(self, batch, batch_idx, dataloader_idx=0):
+    def on_validation_batch_start(self, batch, batch_idx, **_):
         self.size = len(batch[0])
 
     def validation_step(self, batch, batch_idx):
@@ -157,6 +161,7 @@ class Hooked(TinyModule):
 
     def on_validation_end(self):
         del self.store
+        self.net.load_state_dict(self.whole)
 
 
 def test_validation_may_rest_on_hooks(tmp_path):
@@ -206,8 +211,8 @@ class ByTrainer(TinyModule):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         loss.backward()
+        self.trainer.optimizers[0].step()
         if batch_idx % 2:
-            self.trainer.optimizers[0].step()
             self.trainer.optimizers[0].zero_grad(set_to_none=False)
 
 
@@ -223,14 +228,29 @@ class Draws(TinyModule):
         return super().forward(x + noise * float(self.of_numpy.random()))
 
 
+class Noisy(torch.utils.data.Dataset):
+    """Draws from a generator for each sample."""
+
+    def __init__(self, seed, generator) -> None:
+        self.images, self.generator = images(seed=seed), generator
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        x, y = self.images[index]
+        return x + torch.rand(x.shape, generator=self.generator), y
+
+
 @pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
-@pytest.mark.parametrize("build", [TinyModule, ByTrainer, Draws])
+@pytest.mark.parametrize("build", [TinyModule, ByTrainer, Draws, Hooked, Sides])
 def test_steps_before_it_begins_are_those_of_a_run_without_it(tmp_path, build):
     def losses(*callbacks):
         pl.seed_everything(3)
         module, shared = build(), torch.Generator().manual_seed(0)
-        train, val = (DataLoader(images(seed=seed), 16, shuffle=True, generator=shared) for seed in (1, 2))
-        trainer(tmp_path, *callbacks, max_epochs=2).fit(module, train, val)
+        train, val = (DataLoader(Noisy(seed, shared), 16, shuffle=True, generator=shared) for seed in (1, 2))
+        validation = CombinedLoader({"one": val, "two": val}, "max_size") if build is Sides else val
+        trainer(tmp_path, *callbacks, max_epochs=2).fit(module, train, validation)
         return module.losses
 
     alone, later = losses(), losses(quantized())

@@ -1,6 +1,7 @@
 """Fake quantization of modules that do something of their own with their weights, their inputs or their calls."""
 
 import copy
+import sys
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from lightslim import CompressionError
 from lightslim.kernels import fake_quant
 from lightslim.quantize import for_mobile, freeze, quantize, to_int8, transform, untransform
+from lightslim.quantize.transform import detach
 
 X = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -36,6 +38,17 @@ def test_transformers_round_their_inputs_in_evaluation_too(build, padded):
     assert first.activation_relu_or_gelu == 1
 
 
+def test_a_transformer_may_be_quantized_in_two_steps_and_in_part():
+    layer = transform(encoder().layers[0], skip=["linear2"], activation_bits=3)
+    transform(layer, skip=["linear1", "*out_proj"], activation_bits=3)
+    layer(X)
+    for _ in range(2):
+        expected = layer.eval()(X)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(X), expected.detach(), rtol=0, atol=1e-5)
+        detach(layer.linear2)
+
+
 def test_freezing_leaves_alone_who_shares_the_weight():
     embedding, head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
     head.weight = embedding.weight
@@ -56,22 +69,28 @@ def test_target_networks_that_are_written_to_by_data_are_not_stale():
 
 
 def test_several_threads_may_use_a_model_at_once():
-    net, x = transform(nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)])).eval(), torch.ones(1, 4)
-    expected, wrong = net(x), []
+    nets = [transform(nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)])).eval() for _ in range(40)]
+    x, wrong, together = torch.ones(1, 4), [], threading.Barrier(4)
+    expected = [copy.deepcopy(net)(x) for net in nets]
 
     def work():
-        for _ in range(300):
-            try:
-                if not torch.equal(net(x), expected):
-                    wrong.append("another result")
-            except Exception as error:
-                wrong.append(error)
+        for net, output in zip(nets, expected, strict=True):
+            together.wait()
+            for _ in range(20):
+                try:
+                    if not torch.equal(net(x), output):
+                        wrong.append("another result")
+                except Exception as error:
+                    wrong.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    sys.setswitchinterval(interval)
     assert not wrong
 
 
@@ -140,6 +159,15 @@ def test_layers_that_cannot_be_extended_are_named(build, message):
     with pytest.raises(CompressionError, match=message):
         transform(nn.Sequential(build()))
     transform(nn.Sequential(build(), nn.Linear(3, 3)), skip=["0"])
+
+
+def test_a_forward_of_the_object_is_no_obstacle_to_rounding_weights():
+    layer = nn.Linear(3, 3)
+    own = type(layer).forward
+    layer.forward = lambda x: own(layer, x)
+    net = transform(nn.Sequential(layer), weight_bits=2, activation_bits=None)
+    assert torch.equal(net(torch.eye(3)), nn.functional.linear(torch.eye(3), net[0].weight, layer.bias))
+    assert net[0].weight.unique().numel() < 9
 
 
 def masked(layer):
