@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightslim import CompressionError
 from lightslim.quantize import MovingAverageAbsMax, quantizers
+from lightslim.steps import step_probe
 
 
 class Frozen(TinyModule):
@@ -256,3 +257,16 @@ def test_steps_before_it_begins_are_those_of_a_run_without_it(tmp_path, build):
     alone, later = losses(), losses(quantized())
     assert alone[:6] == later[:6]
     assert alone[6:] != later[6:]
+
+
+def test_a_look_at_manual_optimization_leaves_gradients_as_they_are():
+    module = ByTrainer()
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    kept = [parameter.grad for parameter in module.parameters()]
+    batch = next(iter(loaders()[1]))
+    module.training_step = lambda batch, batch_idx: TinyModule.training_step(module, batch, batch_idx).backward()
+    module.log = lambda *_: None
+    step_probe(module, batch, batch).run(training=True)
+    assert all(parameter.grad is grad for parameter, grad in zip(module.parameters(), kept, strict=True))
+    assert all(bool((grad == 1).all()) for grad in kept)

@@ -69,7 +69,7 @@ def test_target_networks_that_are_written_to_by_data_are_not_stale():
 
 
 def test_several_threads_may_use_a_model_at_once():
-    nets = [transform(nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)])).eval() for _ in range(40)]
+    nets = [transform(nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)])).eval() for _ in range(20)]
     x, wrong, together = torch.ones(1, 4), [], threading.Barrier(4)
     expected = [copy.deepcopy(net)(x) for net in nets]
 
