@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lightslim.errors import CompressionError
@@ -39,6 +39,23 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def check_apart(paths: Iterable[str], beside: str = ".json") -> None:
+    """Raise if two files, each with its ``beside``, would lie in one place.
+
+    Example:
+        >>> check_apart(["out/a.onnx", "out/../out/a.onnx"])
+        Traceback (most recent call last):
+        ...
+        lightslim.errors.CompressionError: out/../out/a.onnx: another file is written there already
+    """
+    taken: set[str] = set()
+    for path in paths:
+        places = {os.path.normpath(path + end) for end in ("", beside)}
+        if places & taken:
+            raise CompressionError(f"{path}: another file is written there already")
+        taken |= places
 
 
 def check_writable(path: Path) -> None:

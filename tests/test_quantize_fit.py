@@ -1,6 +1,7 @@
 """Quantization-aware training in running fits."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -332,3 +333,21 @@ def test_two_processes_share_their_ranges_and_stay_equal(tmp_path, options):
     assert one["count"] > 0
     assert one["after"] == two["after"]
     assert one["losses"] != two["losses"], "each process saw its own part of the data"
+
+
+def test_weights_that_are_no_numbers_any_more_stop_it_before_a_file_is_replaced(tmp_path):
+    class Spoil(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            pl_module.net.stem[0].weight.data[0, 0] = math.nan
+
+    (tmp_path / "a.onnx").write_text("of the run before")
+    strategy = quantized(int8_model_save_path=str(tmp_path / "a.onnx"))
+    with pytest.raises(CompressionError, match=r"weight of net\.stem\.0 holds nan"):
+        trainer(tmp_path, strategy, Spoil()).fit(TinyModule(), *loaders())
+    assert (tmp_path / "a.onnx").read_text() == "of the run before"
+
+
+@pytest.mark.parametrize("other", ["a.bin", "./a.bin", "a.bin.json"])
+def test_two_files_in_one_place_are_refused(other):
+    with pytest.raises(CompressionError, match="another file is written there"):
+        quantized(int8_model_save_path="a.bin", float_model_save_path=other)

@@ -167,6 +167,18 @@ def test_a_delayed_average_rounds_to_what_it_knew_before():
     assert x.grad.tolist() == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("bits", [4, 8, 12])
+@pytest.mark.parametrize("count", [2, 5, 16, 17, 256])
+@pytest.mark.parametrize("kind", CALIBRATED)
+def test_inputs_of_few_values_keep_them(kind, count, bits):
+    values = torch.linspace(0, 1, count)[torch.randint(count, (20_000,), generator=torch.Generator().manual_seed(0))]
+    rule = kind(bits=bits).train()
+    rule.watch(values)
+    amax = rule.eval()(values).amax
+    few = count <= 2 ** (bits - 1)
+    assert amax > (0.9 if few else 0.5), amax
+
+
 @pytest.mark.parametrize("kind", LEARNING)
 def test_a_layer_that_runs_again_rounds_as_it_did_where_numbers_cannot_be_looked_at(kind, monkeypatch):
     monkeypatch.setattr(ranges, "readable", lambda value: False)

@@ -167,11 +167,11 @@ class Entropy(Histogram):
     """
 
     def choose(self, counts: Tensor, centers: Tensor, largest: float) -> float:
-        """The best of all cuts at every 16th bin that leave a bin for each level."""
+        """The best of all cuts at every 16th bin that leave a bin for each level, and of none."""
         counts = torch.cat([counts[1:2], counts[1:]])
-        cuts = list(range(levels(self.bits, affine=False) + 1, BINS + 1, 16))
-        if not cuts:
+        if levels(self.bits, affine=False) >= BINS:
             return largest
+        cuts = [*range(levels(self.bits, affine=False) + 1, BINS, 16), BINS]
         divergences = [divergence(counts, cut, cuts[0]) for cut in cuts]
         best = cuts[min(range(len(cuts)), key=divergences.__getitem__)]
         return float(2 * centers[0] * best)
@@ -180,11 +180,15 @@ class Entropy(Histogram):
 def divergence(counts: Tensor, cut: int, count: int) -> float:
     """How far the first ``cut`` bins, the rest clipped into the last, are from their own version of ``count`` levels.
 
+    Infinity where the cut leaves nothing.
+
     Example:
         >>> divergence(torch.ones(8, dtype=torch.float64), cut=8, count=4)
         0.0
     """
     inside = counts[:cut]
+    if not inside.any():
+        return math.inf
     clipped = inside.clone()
     clipped[-1] += counts[cut:].sum()
     level = torch.arange(cut) * count // cut

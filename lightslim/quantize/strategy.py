@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightslim import deploy
 from lightslim.errors import CompressionError
+from lightslim.files import check_apart
 from lightslim.infit import averaged_copies, evaluate, logged_names, probe_of, train_beside
 from lightslim.quantize.analysis import check_outputs, signal_to_noise, unreached
 from lightslim.quantize.numbers import fill, has_seen, in_steps, learned_by, learning, numbers, trained, unsaved
@@ -57,8 +58,9 @@ class QuantizationStrategy(CompressionStrategy):
         name: tells strategies of one class apart.
 
     Raises:
-        CompressionError: bits out of bounds, an unknown range; in ``setup`` a start beyond the last epoch, a pattern
-            that fits nothing or a model with nothing to quantize.
+        CompressionError: bits out of bounds, an unknown range, two files in one place; in ``setup`` a start beyond the
+            last epoch, a pattern that fits nothing or a model with nothing to quantize; when it begins, weights that
+            are no numbers any more.
 
     Example:
         >>> QuantizationStrategy(start_epoch=2, weight_bits=4).must_be_last
@@ -102,6 +104,7 @@ class QuantizationStrategy(CompressionStrategy):
         self.skip, self.overrides = tuple(skip), dict(overrides or {})
         paths = {"float": float_model_save_path, "mobile": mobile_model_save_path, "int8": int8_model_save_path}
         self.save_paths = {format_: path for format_, path in paths.items() if path is not None}
+        check_apart(self.save_paths.values())
         self.save_in_nodes, self.save_out_nodes = save_in_nodes, save_out_nodes
         self.export_options = dict(export_options or {})
         if calibration_batches < 0:
@@ -269,6 +272,7 @@ class QuantizationStrategy(CompressionStrategy):
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         before = evaluate(trainer, pl_module)
         self._look(trainer, pl_module)
+        check_weights(pl_module, self._plans(pl_module)[0], zeros_allowed=True)
         self._arm(trainer, pl_module)
         self._calibrate(trainer, pl_module)
         idle = unreached(probe_of(trainer, pl_module), pl_module)
