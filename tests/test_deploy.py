@@ -8,10 +8,11 @@ import pytorch_lightning as pl
 import torch
 from test_compressor import DATA
 from test_quantize_fit import quantized
-from tiny import TinyModule, TinyNet, loaders, trainer
+from tiny import TinyModule, TinyNet, images, loaders, trainer
 
 from lightslim import CompressionError, load_compressed
 from lightslim.cli import main
+from lightslim.export.exporter import Exporter
 from lightslim.registry import registry
 from lightslim.rundir import read_result
 
@@ -175,3 +176,12 @@ def test_a_run_that_is_stopped_leaves_no_half_file(tmp_path):
     with pytest.raises(RuntimeError, match="boom"):
         trainer(tmp_path, quantized(int8_model_save_path="model.onnx"), Stop()).fit(TinyModule(), *loaders())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_far_off_is_warned_of(tmp_path):
+    def doubled(model, example_inputs, path):
+        path.write_text("twice")
+
+    exporter = Exporter(doubled, open=lambda path, model=None, threads=None: lambda *inputs: [1.2 * model(*inputs)])
+    with pytest.warns(UserWarning, match="'doubled' file computes is off by 20%"):
+        exporter(TinyNet(), images(4).tensors[0], tmp_path / "a.bin")

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -22,6 +23,8 @@ from lightslim.files import replacing
 from lightslim.surgery import cuts_of
 
 CUTS = ("save_in_nodes", "save_out_nodes")
+FAR = 0.1
+"""Share of the norm of an output: other kernels move codes by one, but no output by so much."""
 
 # What `open` returns: the file, loaded once, as a function from inputs to outputs.
 Run = Callable[..., Sequence[Tensor]]
@@ -121,6 +124,11 @@ class Exporter:
             found = differences(flat(self.open(partial, model=program.module)(*program.inputs)), program.outputs)
             manifest = {**describe(self.name, self.versions(), program, partial, options), **found}
         write_manifest(path, manifest)
+        if found["rel_diff"] > FAR:
+            rank_zero_warn(
+                f"{path}: what the {self.name!r} file computes is off by {found['rel_diff']:.0%} of what the model gives "
+                "for the example inputs: do not use it without measuring"
+            )
         return manifest
 
 
