@@ -183,5 +183,5 @@ def test_a_file_that_is_far_off_is_warned_of(tmp_path):
         path.write_text("twice")
 
     exporter = Exporter(doubled, open=lambda path, model=None, threads=None: lambda *inputs: [1.2 * model(*inputs)])
-    with pytest.warns(UserWarning, match="'doubled' file computes is off by 20%"):
+    with pytest.warns(UserWarning, match="'doubled' file are off by 20%"):
         exporter(TinyNet(), images(4).tensors[0], tmp_path / "a.bin")
