@@ -126,8 +126,8 @@ class Exporter:
         write_manifest(path, manifest)
         if found["rel_diff"] > FAR:
             rank_zero_warn(
-                f"{path}: the outputs of the {self.name!r} file are off by {found['rel_diff']:.0%} for the example inputs: "
-                "do not use it without measuring"
+                f"{path}: the outputs of the {self.name!r} file are off by {found['rel_diff']:.0%} on the example "
+                "inputs: do not use it without measuring"
             )
         return manifest
 
