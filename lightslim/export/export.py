@@ -25,7 +25,7 @@ def export(
     Returns:
         The manifest, also written to ``path`` + ``.json``: versions, inputs, outputs, ``bytes``, and how far the file's
         outputs are from the model's on the example inputs: ``max_abs_diff``, ``rel_diff`` (of the norms) and
-        ``argmax_differs`` of ``argmax_of`` predictions. A tenth or more of the norm is warned of, but for weights alone.
+        ``argmax_differs`` of ``argmax_of`` predictions. A tenth of the norm is warned of, but for float formats.
 
     Raises:
         CompressionError: a format or an option that there is not, something that is not installed, a model that does

@@ -59,6 +59,7 @@ class Exporter:
         modules: what both need to import; the first is the one that runs the file.
         pip: how to get them, as it follows ``pip install``.
         cuts: whether a part of the model can be written; not so for formats that hold weights only.
+        rounds: whether the file rounds and clips what the model does, and so ought to give the same.
         name: what to call it; None for the name of ``write``.
 
     Example:
@@ -76,6 +77,7 @@ class Exporter:
     modules: tuple[str, ...] = ()
     pip: str = ""
     cuts: bool = True
+    rounds: bool = True
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -124,8 +126,7 @@ class Exporter:
             found = differences(flat(self.open(partial, model=program.module)(*program.inputs)), program.outputs)
             manifest = {**describe(self.name, self.versions(), program, partial, options), **found}
         write_manifest(path, manifest)
-        # Weights alone compute in float, without the clipping that the model has learned with
-        if self.cuts and found["rel_diff"] > FAR:
+        if self.rounds and found["rel_diff"] > FAR:
             rank_zero_warn(
                 f"{path}: the outputs of the {self.name!r} file are off by {found['rel_diff']:.0%} on the example "
                 "inputs: do not use it without measuring"

@@ -87,5 +87,5 @@ def openvino(
 
 
 int8_file = Exporter(int8, open_in_onnxruntime, ("onnxruntime", *ONNX), "lightslim[onnx]")
-onnx_file = Exporter(onnx, open_in_onnxruntime, ("onnxruntime", *ONNX), "lightslim[onnx]")
+onnx_file = Exporter(onnx, open_in_onnxruntime, ("onnxruntime", *ONNX), "lightslim[onnx]", rounds=False)
 openvino_file = Exporter(openvino, open_in_openvino, ("openvino", *ONNX), "lightslim[onnx,openvino]")

@@ -101,7 +101,7 @@ def open_in_executorch(path: Path, model: nn.Module | None = None, threads: int 
 
 
 mobile_file = Exporter(mobile, open_in_executorch, ("executorch",), "lightslim[mobile]")
-pte_file = Exporter(pte, open_in_executorch, ("executorch",), "lightslim[mobile]")
+pte_file = Exporter(pte, open_in_executorch, ("executorch",), "lightslim[mobile]", rounds=False)
 
 
 def _first_rows(inputs: tuple[Tensor, ...], size: int | None) -> tuple[Tensor, ...]:

@@ -108,4 +108,4 @@ class _Torch:
             torch.set_num_threads(before)
 
 
-float_file = Exporter(write_weights, open=open_weights, name="float", cuts=False)
+float_file = Exporter(write_weights, open=open_weights, name="float", cuts=False, rounds=False)
