@@ -41,8 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def check_apart(paths: Iterable[str], beside: str = ".json") -> None:
-    """Raise if two files, each with its ``beside``, would lie in one place.
+def check_apart(paths: Iterable[str]) -> None:
+    """Raise if two exported files, or the manifests beside them, would lie in one place.
 
     Example:
         >>> check_apart(["out/a.onnx", "out/../out/a.onnx"])
@@ -52,7 +52,7 @@ def check_apart(paths: Iterable[str], beside: str = ".json") -> None:
     """
     taken: set[str] = set()
     for path in paths:
-        places = {os.path.normpath(path + end) for end in ("", beside)}
+        places = {os.path.normpath(path + end) for end in ("", ".json")}
         if places & taken:
             raise CompressionError(f"{path}: another file is written there already")
         taken |= places

@@ -23,7 +23,8 @@ from torchmetrics import Metric
 from lightslim.errors import CompressionError
 from lightslim.rng import isolated_rng, kept_generators
 from lightslim.steps import (
-    BEFORE_VALIDATION,
+    BEFORE_BATCH,
+    BEFORE_EPOCH,
     Log,
     Probe,
     batch_size_of,
@@ -33,6 +34,7 @@ from lightslim.steps import (
     collated_samples,
     drawn_batches,
     overrides,
+    prepares_validation,
     replaced,
     sample_batch,
     step_probe,
@@ -211,8 +213,7 @@ def visit(
 ) -> None:
     """Let ``call`` have every step of a validation over ``loaders``; end before the epoch does, and log nothing."""
     steps = _batches(trainer, module, list(loaders), [math.inf] * len(loaders), call)
-    swaps = any(overrides(module, hook) for hook in BEFORE_VALIDATION)
-    with untouched(module, parameters=swaps), torch.no_grad(), contextlib.closing(steps):
+    with untouched(module, parameters=prepares_validation(module)), torch.no_grad(), contextlib.closing(steps):
         module.eval()
         for _ in itertools.islice(steps, sum(map(len, loaders))):  # what would come next is the end of the epoch
             pass
@@ -249,12 +250,12 @@ def _batches(
         if isinstance(child, Metric):
             child.reset()
     with captured_log(module) as log:
-        call_hooks(module, ("on_validation_start", "on_validation_epoch_start"))
+        call_hooks(module, BEFORE_EPOCH)
         for index, loader in enumerate(loaders):
             suffix = f"/dataloader_idx_{index}" if len(loaders) > 1 else ""
             for batch_index, batch in enumerate(_limited(loader, limits[index])):
                 moved = _moved(trainer, batch, index)
-                call_hooks(module, ("on_validation_batch_start",), moved, batch_index, index)
+                call_hooks(module, BEFORE_BATCH, moved, batch_index, index)
                 with trainer.precision_plugin.val_step_context():
                     output = call(module.validation_step, moved, batch_index, index)
                 call_hooks(module, ("on_validation_batch_end",), output, moved, batch_index, index)

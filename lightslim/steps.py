@@ -121,8 +121,8 @@ def step_probe(module: nn.Module, val_batch: Any, train_batch: Any, context: Con
     forward = forward_probe(module, batch[0] if isinstance(batch, (tuple, list)) else batch).evaluate
     differentiates = evaluation is None and training is not None
     run, size = evaluation or training or forward, batch_size_of(batch)
-    hooked = evaluation is not None and any(overrides(module, hook) for hook in BEFORE_VALIDATION)
-    prepare = functools.partial(before_validation, module, val_batch) if hooked else None
+    hooked = evaluation is not None and prepares_validation(module)
+    prepare = functools.partial(prepare_validation, module, val_batch) if hooked else None
     return Probe(module, run, training, context, size, differentiates, prepare=prepare)
 
 
@@ -132,15 +132,20 @@ def _step(module: nn.Module, name: str, batch: Any) -> Callable[[], Any] | None:
     return lambda: call_step(getattr(module, name), batch, 0)
 
 
-BEFORE_VALIDATION = ("on_validation_start", "on_validation_epoch_start", "on_validation_batch_start")
-"""The hooks that may prepare what ``validation_step`` needs."""
+BEFORE_EPOCH = ("on_validation_start", "on_validation_epoch_start")
+BEFORE_BATCH = ("on_validation_batch_start",)
+"""Hooks that may prepare what ``validation_step`` needs, and put other weights in place for it."""
 
 
-def before_validation(module: nn.Module, batch: Any) -> None:
+def prepares_validation(module: nn.Module) -> bool:
+    """Whether the user's class defines such hooks."""
+    return any(overrides(module, hook) for hook in BEFORE_EPOCH + BEFORE_BATCH)
+
+
+def prepare_validation(module: nn.Module, batch: Any) -> None:
     """Call them, as before the first batch."""
-    *of_all, of_batch = BEFORE_VALIDATION
-    call_hooks(module, of_all)
-    call_hooks(module, (of_batch,), batch, 0, 0)
+    call_hooks(module, BEFORE_EPOCH)
+    call_hooks(module, BEFORE_BATCH, batch, 0, 0)
 
 
 def call_hooks(module: nn.Module, hooks: Sequence[str], *arguments: Any) -> None:

@@ -107,7 +107,7 @@ def test_as_many_validation_batches_are_seen_as_asked_for_and_the_trainer_takes(
     shown = []
 
     def watch(rule, x):
-        shown.append((x.grad_fn, len(x)))
+        shown.append(len(x))
         rule(x)
 
     monkeypatch.setattr(MovingAverageAbsMax, "watch", watch)

@@ -59,8 +59,8 @@ class Exporter:
         modules: what both need to import; the first is the one that runs the file.
         pip: how to get them, as it follows ``pip install``.
         cuts: whether a part of the model can be written; not so for formats that hold weights only.
-        rounds: whether the file rounds and clips what the model does, and so ought to give the same.
         name: what to call it; None for the name of ``write``.
+        rounds: whether the file rounds and clips what the model does, and so ought to give the same.
 
     Example:
         >>> def ternary(model, example_inputs, path, *, threshold: float = 0.7) -> None:
@@ -77,8 +77,8 @@ class Exporter:
     modules: tuple[str, ...] = ()
     pip: str = ""
     cuts: bool = True
-    rounds: bool = True
     name: str = ""
+    rounds: bool = True
 
     def __post_init__(self) -> None:
         functools.update_wrapper(self, self.write)
