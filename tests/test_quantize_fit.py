@@ -290,7 +290,8 @@ options = json.loads(sys.argv[1])
 pl.seed_everything(0, verbose=False)
 module = TinyModule("adam")
 strategy = QuantizationStrategy(1, weight_quantize_type="channel_wise_abs_max",
-                                activation_quantize_type=options.pop("rule"))
+                                activation_quantize_type=options.pop("rule"),
+                                calibration_batches=options.pop("calibration_batches", 8))
 calls = []
 trainer = pl.Trainer(
     accelerator="cpu", devices=2, max_epochs=3, callbacks=[strategy], logger=False, enable_checkpointing=False,
@@ -312,6 +313,7 @@ open(f"{sys.argv[2]}/{trainer.global_rank}.json", "w").write(json.dumps(record))
     "options",
     [
         {"rule": "moving_average_abs_max"},
+        {"rule": "moving_average_abs_max", "calibration_batches": 0},
         {"rule": "range_abs_max", "static_graph": True},
         {"rule": "percentile", "gradient_as_bucket_view": True},
     ],
